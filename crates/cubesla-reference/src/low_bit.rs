@@ -1,0 +1,117 @@
+//! Attention with scores in INT8 and, if asked for, weights and values in FP8.
+//!
+//! ```text
+//! K'   = K - mean(K)                            over the keys of a head
+//! Q8   = INT8 of each block_q rows of Q, scale sQ;  K8 of each block_k rows of K', scale sK
+//! S_ij = scale sQ sK Q8_i . K8_j                P_ij = exp(S_ij - max_l S_il)
+//! O_i  = sum_j P_ij V_j / sum_j P_ij            in FP8: fp8(448 P_ij) / 448, V in FP8 by columns
+//! L_i  = max_l S_il + ln sum_j P_ij + scale Q_i . mean(K)
+//! ```
+//!
+//! Sources: SageAttention2++ (arXiv 2505.21136), SLA2 (arXiv 2602.12675). A kernel that goes over the
+//! keys tile by tile rounds weights to FP8 relative to the largest score so far, not to that of all.
+
+use crate::attention::{Causal, Forward};
+use crate::blocks::BlockWeights;
+use crate::quantize::{Format, decode_e4m3, encode_e4m3, quantize};
+use crate::router::mean_pool;
+use crate::tensor::{Tensor, axpy, dot};
+
+/// Each head of `x` in a low-bit format, with a scale for each `region` of rows and columns.
+fn low_bit(x: &Tensor, format: Format, region: [usize; 2]) -> Tensor {
+    let [batch, heads, rows, columns] = x.shape();
+    let mut out = Tensor::zeros(x.shape());
+    for b in 0..batch {
+        for h in 0..heads {
+            let values: Vec<f32> = (0..rows)
+                .flat_map(|i| x.row(b, h, i).iter().map(|&x| x as f32))
+                .collect();
+            let head = quantize(&values, [rows, columns], format, region, false);
+            for i in 0..rows {
+                for (j, value) in out.row_mut(b, h, i).iter_mut().enumerate() {
+                    *value = head.value(i, j);
+                }
+            }
+        }
+    }
+    out
+}
+
+/// Attention over the blocks whose weight is 1; `fp8` for weights and values in FP8.
+pub fn forward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    weights: &BlockWeights,
+    scale: f64,
+    causal: Causal,
+    fp8: bool,
+) -> Forward {
+    let [batch, heads, query_len, dim] = q.shape();
+    let [_, kv_heads, key_len, value_dim] = v.shape();
+    let mean = mean_pool(k, key_len);
+    let smooth = Tensor::from_fn(k.shape(), |[b, h, j, d]| {
+        k[[b, h, j, d]] - mean[[b, h, 0, d]]
+    });
+    let q8 = low_bit(q, Format::Int8, [weights.block_q, dim]);
+    let k8 = low_bit(&smooth, Format::Int8, [weights.block_k, dim]);
+    let values = if fp8 {
+        low_bit(v, Format::Fp8, [key_len, 1])
+    } else {
+        v.clone()
+    };
+    let mut out = Tensor::zeros([batch, heads, query_len, value_dim]);
+    let mut lse = Tensor::full([batch, heads, query_len, 1], f64::NEG_INFINITY);
+    for b in 0..batch {
+        for h in 0..heads {
+            let kv = h / (heads / kv_heads);
+            for i in 0..query_len {
+                let scores: Vec<(usize, f64)> = (0..key_len)
+                    .filter(|&j| causal.sees(i, j, query_len, key_len))
+                    .filter(|&j| weights.at(b, h, i, j) > 0.0)
+                    .map(|j| (j, scale * dot(q8.row(b, h, i), k8.row(b, kv, j))))
+                    .collect();
+                let max = scores
+                    .iter()
+                    .fold(f64::NEG_INFINITY, |max, &(_, s)| max.max(s));
+                let sum: f64 = scores.iter().map(|&(_, s)| (s - max).exp()).sum();
+                if scores.is_empty() {
+                    continue;
+                }
+                for &(j, s) in &scores {
+                    let mut p = (s - max).exp();
+                    if fp8 {
+                        p = decode_e4m3(encode_e4m3((448.0 * p) as f32)) / 448.0;
+                    }
+                    axpy(out.row_mut(b, h, i), p / sum, values.row(b, kv, j));
+                }
+                let shift = scale * dot(q.row(b, h, i), mean.row(b, kv, 0));
+                lse[[b, h, i, 0]] = max + sum.ln() + shift;
+            }
+        }
+    }
+    Forward { out, lse }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention;
+    use crate::relative_error;
+
+    #[test]
+    fn it_is_near_exact_attention_also_for_keys_far_from_zero() {
+        let value = |[_, h, i, d]: [usize; 4]| ((h * 7 + i * 13 + d * 29) as f64 * 0.37).sin();
+        let q = Tensor::from_fn([1, 2, 20, 16], value);
+        let k = Tensor::from_fn([1, 1, 24, 16], |at| value(at) * 1.3 + 20.0);
+        let v = Tensor::from_fn([1, 1, 24, 8], value);
+        let dense = BlockWeights::dense([1, 2, 20, 24], 8, 8);
+        let exact = attention::forward(&q, &k, &v, &dense, 0.25, Causal::TopLeft);
+        for (fp8, bound) in [(false, 0.02), (true, 0.06)] {
+            let low = forward(&q, &k, &v, &dense, 0.25, Causal::TopLeft, fp8);
+            let error = relative_error(low.out.data(), exact.out.data());
+            assert!(error > 1e-6 && error < bound, "{error}");
+            assert!(relative_error(low.lse.data(), exact.lse.data()) < 1e-2);
+        }
+    }
+}
