@@ -1,0 +1,227 @@
+//! The kernel.
+
+use cubecl::prelude::*;
+
+use super::tile::{integer_scores, load_four, load_values, load_words};
+use crate::block_list::{BlockListView, KeyWalk};
+use crate::engine::*;
+use crate::mask::{TileWindow, scale_and_mask};
+use crate::quantize::{Format, code, number};
+use crate::rows::{RowRange, RowTarget, store_rows};
+use crate::softmax::OnlineSoftmax;
+
+/// What the kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct LowBitConfig {
+    pub tile: Tile,
+    pub head_dim: usize,
+    pub value_dim: usize,
+    pub block_q: usize,
+    pub block_k: usize,
+    pub causal: bool,
+    /// Whether values are FP8.
+    pub fp8: bool,
+}
+
+/// Scalar arguments.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(super) struct LowBitScalars {
+    pub scale: f32,
+    pub causal_shift: i32,
+    /// M.
+    pub query_blocks: u32,
+    /// N.
+    pub key_blocks: u32,
+}
+
+/// As the kernel of [`crate::attention`]'s forward, with integer products of queries and keys.
+///
+/// Grid: x = tiles of query rows, y = query head, z = batch.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(super) fn low_bit_forward<F: Float, N: Size, V: Size>(
+    q: &Tensor<Vector<F, N>>,
+    q_words: &[u32],
+    q_scales: &[f32],
+    k_words: &[u32],
+    k_scales: &[f32],
+    k_mean: &[f32],
+    v: &Tensor<Vector<F, N>>,
+    v_words: &[u32],
+    v_scales: &[f32],
+    list: &BlockListView,
+    out: &mut [Vector<F, V>],
+    lse: &mut [f32],
+    scalars: LowBitScalars,
+    #[comptime] config: LowBitConfig,
+    #[define(F)] _dtype: ElemType,
+) {
+    let tile = comptime!(config.tile);
+    let words = comptime!(config.head_dim / 4);
+    let (head, batch) = (CUBE_POS_Y as usize, CUBE_POS_Z as usize);
+    let head_index = batch * q.shape(1) + head;
+    let kv_head = head / (q.shape(1) / v.shape(1));
+    let kv_index = batch * v.shape(1) + kv_head;
+    let key_len = v.shape(2) as u32;
+
+    let block_q = comptime!(config.block_q as u32);
+    let tiles_per_block = comptime!(config.block_q.div_ceil(tile.rows) as u32);
+    let query_block = CUBE_POS_X / tiles_per_block;
+    let first_query =
+        query_block * block_q + CUBE_POS_X % tiles_per_block * comptime!(tile.rows as u32);
+    let end_query = min((query_block + 1) * block_q, q.shape(2) as u32);
+
+    if first_query < end_query {
+        let mut q_tile = Shared::<[u32]>::new_slice(comptime!(tile.rows * (words + 1)));
+        let mut k_tile = Shared::<[u32]>::new_slice(comptime!(tile.cols * (words + 1)));
+        let mut v_tile = <Simt as TileEngine<f32>>::operand(tile.cols, config.value_dim, tile);
+        let mut weights = <Simt as TileEngine<f32>>::left(tile);
+        let mut scratch = <Simt as TileEngine<f32>>::scratch(tile);
+        let mut scores = <Simt as TileEngine<f32>>::scores(tile);
+        let mut acc = <Simt as TileEngine<f32>>::accumulator(config.value_dim, tile);
+        let mut softmax = OnlineSoftmax::new(acc.rows());
+
+        let mut row = list.row(head_index as u32, query_block);
+        if config.causal {
+            let last_query = min(first_query + comptime!(tile.rows as u32), end_query) - 1;
+            let visible_keys = max(last_query as i32 + scalars.causal_shift + 1, 0) as u32;
+            row.count =
+                list.count_below(row, visible_keys.div_ceil(comptime!(config.block_k as u32)));
+        }
+        let walk = KeyWalk {
+            row,
+            key_len,
+            block_k: config.block_k,
+            cols: tile.cols,
+        };
+        let first_row = head_index * q.shape(2) + first_query as usize;
+        let rows = end_query - first_query;
+        load_words(
+            &mut q_tile,
+            q_words,
+            first_row,
+            rows,
+            tile.rows,
+            words,
+            tile.units,
+        );
+        let q_scale = q_scales[head_index * scalars.query_blocks as usize + query_block as usize];
+
+        for t in 0..walk.tiles() {
+            let keys = walk.tile(list, t);
+            let live = max(keys.end, keys.first) - keys.first;
+            let key_row = kv_index * key_len as usize + keys.first as usize;
+            // The last tile may still be being read.
+            sync_cube();
+            load_words(
+                &mut k_tile,
+                k_words,
+                key_row,
+                live,
+                tile.cols,
+                words,
+                tile.units,
+            );
+            if config.fp8 {
+                let width = comptime!(config.value_dim / 4);
+                load_values(
+                    &mut v_tile,
+                    v_words,
+                    key_row,
+                    live,
+                    tile.cols,
+                    width,
+                    tile.units,
+                );
+            } else {
+                let range = RowRange::new::<F, N>(v, batch, kv_head, keys.first, keys.end);
+                load_four::<F, N>(
+                    &mut v_tile,
+                    v,
+                    range,
+                    tile.cols,
+                    config.value_dim,
+                    tile.units,
+                );
+            }
+            sync_cube();
+
+            integer_scores(&mut scores, &q_tile, &k_tile, words);
+            let key_block = keys.first / comptime!(config.block_k as u32);
+            let at = kv_index * scalars.key_blocks as usize + key_block as usize;
+            let window = TileWindow {
+                first_query,
+                first_key: keys.first,
+                end_key: keys.end,
+                causal_shift: scalars.causal_shift,
+            };
+            let scale = scalars.scale * q_scale * k_scales[at];
+            scale_and_mask::<<Simt as TileEngine<f32>>::Fragment>(
+                &mut scores,
+                window,
+                scale,
+                config.causal,
+            );
+            softmax.step::<f32, Simt>(&mut scores, &mut acc, &mut scratch, tile);
+            if config.fp8 {
+                #[unroll]
+                for r in 0..scores.rows() {
+                    #[unroll]
+                    for c in 0..scores.cols() {
+                        let bits = code(scores.get(r, c) * 448.0, 1.0, 0.0, Format::Fp8, false);
+                        scores.set(r, c, number(bits, 0, 0.0, Format::Fp8, false));
+                    }
+                }
+            }
+            <Simt as TileEngine<f32>>::stage(&mut weights, &scores);
+            sync_cube();
+            <Simt as TileEngine<f32>>::mul_nn(&mut acc, &weights, &v_tile);
+        }
+
+        softmax.finish::<f32, Simt>(&mut acc, &mut scratch, tile);
+        if config.fp8 {
+            #[unroll]
+            for c in 0..acc.cols() {
+                // Columns past the width are not stored.
+                let column = min(acc.col(c), comptime!(config.value_dim as u32 - 1)) as usize;
+                let factor = v_scales[kv_index * comptime!(config.value_dim) + column] / 448.0;
+                #[unroll]
+                for r in 0..acc.rows() {
+                    acc.set(r, c, acc.get(r, c) * factor);
+                }
+            }
+        }
+        let target = RowTarget {
+            first_row,
+            len: rows,
+            first_column: 0,
+            end_column: comptime!(config.value_dim as u32),
+        };
+        store_rows::<F, V, <Simt as TileEngine<f32>>::Fragment>(
+            out,
+            &acc,
+            target,
+            config.value_dim,
+        );
+        #[unroll]
+        for r in 0..acc.rows() {
+            if acc.col(0usize) == 0 && acc.row(r) < rows {
+                // What smoothing took from every score of the row.
+                let query = first_query as usize + acc.row(r) as usize;
+                let start = batch * q.stride(0) + head * q.stride(1) + query * q.stride(2);
+                let mut shift = 0.0f32.runtime();
+                let size = q.vector_size();
+                for i in 0..comptime!(config.head_dim / size) {
+                    let x = q[(start + i * size * q.stride(3)) / size];
+                    #[unroll]
+                    for e in 0..size {
+                        let mean = k_mean[kv_index * config.head_dim + i * size + e];
+                        shift = fma(f32::cast_from(x.extract(e)), mean, shift);
+                    }
+                }
+                let value = softmax.lse(r) + scalars.scale * shift;
+                lse[first_row + acc.row(r) as usize] = value;
+            }
+        }
+    }
+}

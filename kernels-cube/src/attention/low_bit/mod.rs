@@ -1,0 +1,157 @@
+//! Block-sparse attention with scores in INT8, and values in their own type or in FP8.
+//!
+//! ```text
+//! K' = K - mean(K)                     changes no softmax, and leaves less to quantize
+//! S  = scale sQ sK (Q8 K8^T)           INT8, a scale to each block of queries and of keys
+//! O  = (sV / 448) P8 V8 / rowsum(P)    FP8: P = exp(S - m) times 448, V with a scale to each column
+//! ```
+//!
+//! Sources: SageAttention2++ (arXiv 2505.21136), SLA2 (arXiv 2602.12675). The log-sum-exp is that of
+//! the smoothed scores plus `scale Q mean(K)^T`, so that it is the one of the scores themselves.
+//!
+//! Supported: what block-sparse attention supports, on the portable engine.
+//! Rejected, with a [`ProblemError`]: what [`AttentionProblem`] rejects; a list of another shape; wide
+//! heads for which no tile fits the shared memory.
+
+mod forward;
+mod prepare;
+mod tile;
+mod values;
+
+use cubecl::prelude::*;
+use forward::{LowBitConfig, LowBitScalarsLaunch, low_bit_forward};
+use prepare::quantize_blocks;
+use values::quantize_values;
+
+use crate::engine::{Tile, TileNeeds, simt_tile};
+use crate::limits::{expect_dtype, expect_loop_budget, grid};
+use crate::router::mean_pool;
+use crate::{AttentionProblem, BlockList, Causal, DType, DeviceTensor, ProblemError};
+
+use super::{ForwardInputs, ForwardOutputs, check_forward};
+
+/// What `P V` is computed in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum LowBitValues {
+    /// The inputs' type.
+    #[default]
+    Full,
+    /// FP8 e4m3.
+    Fp8,
+}
+
+/// Low-bit rows and their scales.
+struct LowBit {
+    /// Four elements to a word, `[B, H, L, D / 4]`.
+    words: BufferArg,
+    scales: BufferArg,
+}
+
+/// Runs low-bit block-sparse attention. Nothing is launched if an argument is refused.
+///
+/// # Errors
+/// The module's refusals.
+pub fn launch_low_bit(
+    client: &Client,
+    problem: &AttentionProblem,
+    inputs: ForwardInputs<'_>,
+    outputs: ForwardOutputs<'_>,
+    values: LowBitValues,
+) -> Result<(), ProblemError> {
+    check_forward(client, problem, &inputs, &outputs)?;
+    let ForwardInputs { q, k, v, list } = inputs;
+    let device = client.properties();
+    expect_dtype(device, problem.dtype())?;
+    let (d, dv) = (problem.head_dim(), problem.value_dim());
+    // A row of words takes a quarter of its elements' room.
+    let needs = TileNeeds {
+        owned: vec![d / 4],
+        streamed: vec![d / 4, dv],
+        accumulators: vec![dv],
+        lefts: 1,
+        max_rows: problem.block_q(),
+        max_cols: problem.block_k(),
+    };
+    let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| ProblemError::NoPlan {
+        device: device.identity.name.clone(),
+        reason: "no tile of these head dimensions fits the shared memory".into(),
+    })?;
+    let iterations = loop_iterations(problem, tile, list);
+    expect_loop_budget(device, "low-bit attention", iterations)?;
+    prepare::expect_budget(client, problem)?;
+    let tiles = problem.query_blocks() * problem.block_q().div_ceil(tile.rows);
+    let grid = grid(
+        device,
+        [
+            ("tiles of query rows", tiles),
+            ("Hq", problem.query_heads()),
+            ("B", problem.batch()),
+        ],
+    )?;
+
+    let mean = mean_pool(client, k, problem.key_len())?;
+    let queries = quantize_blocks(client, q, problem.block_q(), None)?;
+    let keys = quantize_blocks(client, k, problem.block_k(), Some(&mean))?;
+    let fp8 = match values {
+        LowBitValues::Full => None,
+        LowBitValues::Fp8 => Some(quantize_values(client, v)?),
+    };
+    // Arguments of a variant that does not use them.
+    let nothing = || DeviceTensor::<1>::empty(client, [4], DType::F32).buffer_arg();
+    let (v_words, v_scales) = match fp8 {
+        Some(LowBit { words, scales }) => (words, scales),
+        None => (nothing(), nothing()),
+    };
+    let extent = q.extent().max(v.extent()).max(outputs.out.extent());
+    let load = if problem.is_aligned() { 4 } else { 1 };
+    // SAFETY: the problem was validated against the tensors, whose buffers hold their shapes; the
+    // kernel masks the rows and keys past the ends.
+    unsafe {
+        low_bit_forward::launch_unchecked(
+            client,
+            grid,
+            CubeDim::new_1d(tile.units as u32),
+            AddressType::from_len(extent),
+            load,
+            4,
+            q.tensor_arg(),
+            queries.words,
+            queries.scales,
+            keys.words,
+            keys.scales,
+            mean.buffer_arg(),
+            v.tensor_arg(),
+            v_words,
+            v_scales,
+            list.launch_arg(),
+            outputs.out.buffer_arg(),
+            outputs.lse.buffer_arg(),
+            LowBitScalarsLaunch::new(
+                problem.scale(),
+                problem.causal_shift(),
+                problem.query_blocks() as u32,
+                problem.key_blocks() as u32,
+            ),
+            LowBitConfig {
+                tile,
+                head_dim: d,
+                value_dim: dv,
+                block_q: problem.block_q(),
+                block_k: problem.block_k(),
+                causal: problem.causal() != Causal::None,
+                fp8: values == LowBitValues::Fp8,
+            },
+            problem.dtype().elem_type(),
+        );
+    }
+    Ok(())
+}
+
+/// Most loop iterations of one invocation of the forward.
+fn loop_iterations(problem: &AttentionProblem, tile: Tile, list: &BlockList) -> usize {
+    let loads = |rows: usize, words: usize| (rows * words).div_ceil(tile.units);
+    let (d, dv) = (problem.head_dim(), problem.value_dim());
+    let tiles = list.width() * problem.block_k().div_ceil(tile.cols);
+    let per_tile = 1 + loads(tile.cols, d / 4) + loads(tile.cols, dv / 4) + d / 4 + tile.cols;
+    loads(tile.rows, d / 4) + d + 32 + tiles * per_tile
+}

@@ -1,0 +1,143 @@
+//! Queries and keys to INT8 by blocks.
+
+use cubecl::prelude::*;
+
+use super::LowBit;
+use super::values::CHUNK;
+use crate::limits::{expect_buffer, expect_loop_budget, grid};
+use crate::quantize::{Format, code, is_infinite, magnitude};
+use crate::{AttentionProblem, DType, DeviceTensor, ProblemError};
+
+/// Units of a cube.
+pub(super) const UNITS: usize = 256;
+
+/// An error unless the kernels' loops are carried out.
+pub(super) fn expect_budget(
+    client: &Client,
+    problem: &AttentionProblem,
+) -> Result<(), ProblemError> {
+    let rows = problem.block_q().max(problem.block_k());
+    let blocks = 2 * (rows * problem.head_dim()).div_ceil(UNITS);
+    let chunks = problem.key_len().div_ceil(CHUNK);
+    let columns = chunks + CHUNK + 2 * CHUNK * problem.value_dim() / UNITS;
+    let operation = "quantizing queries, keys and values";
+    expect_loop_budget(client.properties(), operation, blocks.max(columns))
+}
+
+/// Words and scales of `x [B, H, L, D]`, less the mean of its head's rows if one is given: INT8 with a
+/// scale to each `block` rows of a head, `[B, H, ceil(L / block)]`.
+pub(super) fn quantize_blocks(
+    client: &Client,
+    x: &DeviceTensor<4>,
+    block: usize,
+    mean: Option<&DeviceTensor<4>>,
+) -> Result<LowBit, ProblemError> {
+    let [batch, heads, len, dim] = x.shape();
+    let device = client.properties();
+    let blocks = len.div_ceil(block);
+    let words = batch * heads * len * dim / 4;
+    expect_buffer(device, "queries or keys in INT8", words * 4)?;
+    let grid = grid(device, [("blocks", blocks), ("H", heads), ("B", batch)])?;
+    let words = DeviceTensor::empty(client, [words], DType::F32);
+    let scales = DeviceTensor::empty(client, [batch * heads * blocks], DType::F32);
+    // SAFETY: a cube writes the words and the scale of its own block; rows past the end are skipped.
+    unsafe {
+        quantize_blocks_kernel::launch_unchecked(
+            client,
+            grid,
+            CubeDim::new_1d(UNITS as u32),
+            AddressType::from_len(x.extent()),
+            x.tensor_arg(),
+            mean.map_or(words.buffer_arg(), DeviceTensor::buffer_arg),
+            words.buffer_arg(),
+            scales.buffer_arg(),
+            block as u32,
+            mean.is_some(),
+            x.dtype().elem_type(),
+        );
+    }
+    Ok(LowBit {
+        words: words.buffer_arg(),
+        scales: scales.buffer_arg(),
+    })
+}
+
+/// The scale of a largest magnitude, as bits; NaN if that is NaN.
+#[cube]
+pub(super) fn scale_of(largest: u32, #[comptime] format: Format) -> f32 {
+    let scale = f32::reinterpret(largest) / comptime!(format.top());
+    let usable = u32::reinterpret(scale) >= 0x0080_0000;
+    f32::reinterpret(select(usable, u32::reinterpret(scale), 0x3F80_0000))
+}
+
+/// The magnitude as bits; 0 of an infinity, which saturates.
+#[cube]
+pub(super) fn finite_magnitude(x: f32) -> u32 {
+    let size = magnitude(x);
+    select(is_infinite(size), 0, size)
+}
+
+/// Grid: x = block, y = head, z = batch.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn quantize_blocks_kernel<F: Float>(
+    x: &Tensor<F>,
+    mean: &[f32],
+    words: &mut [u32],
+    scales: &mut [f32],
+    block: u32,
+    #[comptime] smooth: bool,
+    #[define(F)] _dtype: ElemType,
+) {
+    let (len, dim) = (x.shape(2) as u32, x.shape(3) as u32);
+    let head = (CUBE_POS_Z * CUBE_COUNT_Y + CUBE_POS_Y) as usize;
+    let base = CUBE_POS_Z as usize * x.stride(0) + CUBE_POS_Y as usize * x.stride(1);
+    let first = CUBE_POS_X * block;
+    let rows = min(block, len - first);
+    let mut largest = 0u32.runtime();
+    for step in 0..(rows * dim).div_ceil(comptime!(UNITS as u32)) {
+        let at = step * comptime!(UNITS as u32) + UNIT_POS;
+        if at < rows * dim {
+            let row = (first + at / dim) as usize;
+            let column = (at % dim) as usize;
+            let mut value = f32::cast_from(x[base + row * x.stride(2) + column * x.stride(3)]);
+            if smooth {
+                value -= mean[head * dim as usize + column];
+            }
+            largest = max(largest, finite_magnitude(value));
+        }
+    }
+    let mut shared = Shared::<[u32]>::new_slice(UNITS);
+    let unit = UNIT_POS as usize;
+    shared[unit] = largest;
+    #[unroll]
+    for step in 0..comptime!(UNITS.ilog2() as usize) {
+        let half = comptime!(UNITS >> (step + 1));
+        sync_cube();
+        if unit < half {
+            shared[unit] = max(shared[unit], shared[unit + half]);
+        }
+    }
+    sync_cube();
+    let scale = scale_of(shared[0], Format::Int8);
+    if unit == 0 {
+        scales[head * CUBE_COUNT_X as usize + CUBE_POS_X as usize] = scale;
+    }
+    let per_row = dim / 4;
+    for step in 0..(rows * per_row).div_ceil(comptime!(UNITS as u32)) {
+        let at = step * comptime!(UNITS as u32) + UNIT_POS;
+        if at < rows * per_row {
+            let row = (first + at / per_row) as usize;
+            let mut word = 0u32.runtime();
+            for e in 0..4u32 {
+                let column = (at % per_row * 4 + e) as usize;
+                let mut value = f32::cast_from(x[base + row * x.stride(2) + column * x.stride(3)]);
+                if smooth {
+                    value -= mean[head * dim as usize + column];
+                }
+                word |= code(value, scale, 0.0, Format::Int8, false) << (8 * e);
+            }
+            let to = (head * len as usize + row) * per_row as usize;
+            words[to + (at % per_row) as usize] = word;
+        }
+    }
+}

@@ -1,0 +1,541 @@
+//! The engine for warp-level tensor cores: CubeCL's `mma` of 16x8x16, 16-bit operands, f32 sums.
+//!
+//! A warp owns 16 rows of the tile and all its columns, so that every reduction along a row stays
+//! within four lanes. A lane holds rows `l/4` and `l/4 + 8` of its warp's 16 and, of each 8 columns,
+//! `2(l%4)` and the next. Weights never leave registers: a pair of score fragments is the left side
+//! of the next product as it lies. Shared tiles keep the element type, 8 elements of padding a row,
+//! and are filled with asynchronous copies.
+
+use cubecl::cmma::{MatrixIdent, MmaDefinition};
+use cubecl::features::MmaConfig;
+use cubecl::ir::{DeviceProperties, ElemType, FloatKind};
+use cubecl::prelude::barrier::{Barrier, copy_async};
+use cubecl::prelude::*;
+
+use super::vectors::{add_column_sums, apply_feature_map};
+use super::*;
+use crate::DType;
+
+/// Elements of a 16-byte vector.
+const WIDE: usize = 8;
+
+type Pair<F> = Vector<F, Const<2>>;
+type Wide<F> = Vector<F, Const<8>>;
+
+/// The engine of `mma.sync` and its like.
+pub struct Mma;
+
+/// A shared tile, `[rows, pitch]` vectors of eight.
+#[derive(CubeType)]
+pub struct MmaOperand<F: Float> {
+    data: Shared<[Wide<F>]>,
+    barrier: Shared<Barrier>,
+    #[cube(comptime)]
+    rows: usize,
+    #[cube(comptime)]
+    width: usize,
+}
+
+/// A fragment as one array of two pairs for each 8 columns.
+#[derive(CubeType)]
+pub struct MmaFragment {
+    tiles: Sequence<Array<Pair<f32>>>,
+    first_row: u32,
+    #[cube(comptime)]
+    count: usize,
+}
+
+/// Columns that products contract over, a multiple of 16.
+fn padded(width: usize) -> usize {
+    width.next_multiple_of(16)
+}
+
+/// Vectors from one row of a shared tile to the next: odd, so that the eight rows of a matrix lie in
+/// different banks.
+fn pitch(width: usize) -> usize {
+    padded(width) / WIDE + 1
+}
+
+#[cube]
+impl MmaFragment {
+    fn zeros(#[comptime] cols: usize) -> Self {
+        let count = comptime!(cols / 8);
+        let mut tiles = Sequence::<Array<Pair<f32>>>::new();
+        #[unroll]
+        for _ in 0..count {
+            let mut tile = Array::<Pair<f32>>::new(2usize);
+            tile[0] = Vector::new(0.0f32);
+            tile[1] = Vector::new(0.0f32);
+            tiles.push(tile);
+        }
+        MmaFragment {
+            tiles,
+            first_row: UNIT_POS / 32 * 16 + UNIT_POS_PLANE / 4,
+            count,
+        }
+    }
+}
+
+#[cube]
+impl Fragment for MmaFragment {
+    fn rows(&self) -> comptime_type!(usize) {
+        2usize
+    }
+
+    fn cols(&self) -> comptime_type!(usize) {
+        comptime!(2 * self.count)
+    }
+
+    fn run(&self) -> comptime_type!(usize) {
+        2usize
+    }
+
+    fn get(&self, #[comptime] r: usize, #[comptime] c: usize) -> f32 {
+        self.tiles[comptime!(c / 2)][r].extract(comptime!(c % 2))
+    }
+
+    fn set(&mut self, #[comptime] r: usize, #[comptime] c: usize, value: f32) {
+        let tile = self.tiles.index_mut(comptime!(c / 2));
+        let mut pair = tile[r];
+        pair.insert(comptime!(c % 2), value);
+        tile[r] = pair;
+    }
+
+    fn row(&self, #[comptime] r: usize) -> u32 {
+        self.first_row + comptime!(8 * r as u32)
+    }
+
+    fn col(&self, #[comptime] c: usize) -> u32 {
+        UNIT_POS_PLANE % 4 * 2 + comptime!((c / 2 * 8 + c % 2) as u32)
+    }
+}
+
+#[cube]
+impl<F: Float> VectorRows for MmaOperand<F> {
+    fn rows(&self) -> comptime_type!(usize) {
+        self.rows
+    }
+
+    fn vectors(&self) -> comptime_type!(usize) {
+        comptime!(self.width / WIDE)
+    }
+
+    fn size(&self) -> comptime_type!(usize) {
+        WIDE
+    }
+
+    fn read(&self, row: usize, vector: usize) -> Array<f32> {
+        let x = self.data[row * comptime!(pitch(self.width)) + vector];
+        let mut values = Array::<f32>::new(WIDE);
+        #[unroll]
+        for e in 0..WIDE {
+            values[e] = f32::cast_from(x.extract(e));
+        }
+        values
+    }
+
+    fn write(&mut self, row: usize, vector: usize, values: &Array<f32>) {
+        let mut x = Wide::<F>::empty();
+        #[unroll]
+        for e in 0..WIDE {
+            x.insert(e, F::cast_from(values[e]));
+        }
+        self.data[row * comptime!(pitch(self.width)) + vector] = x;
+    }
+}
+
+#[cube]
+impl<F: Float> TileEngine<F> for Mma {
+    type Operand = MmaOperand<F>;
+    type Fragment = MmaFragment;
+    type Left = Sequence<Array<Pair<F>>>;
+    type Scratch = ();
+
+    fn operand(
+        #[comptime] rows: usize,
+        #[comptime] width: usize,
+        #[comptime] tile: Tile,
+    ) -> MmaOperand<F> {
+        MmaOperand::<F> {
+            data: Shared::new_aligned_slice(comptime!((rows * pitch(width)).max(1)), 16usize),
+            barrier: Barrier::shared(comptime!(tile.units as u32), UNIT_POS == 0),
+            rows,
+            width,
+        }
+    }
+
+    fn left(#[comptime] tile: Tile) -> Sequence<Array<Pair<F>>> {
+        let mut steps = Sequence::<Array<Pair<F>>>::new();
+        #[unroll]
+        for _ in 0..comptime!(tile.cols / 16) {
+            steps.push(Array::<Pair<F>>::new(4usize));
+        }
+        steps
+    }
+
+    fn scratch(#[comptime] _tile: Tile) {}
+
+    fn scores(#[comptime] tile: Tile) -> MmaFragment {
+        MmaFragment::zeros(tile.cols)
+    }
+
+    fn accumulator(#[comptime] width: usize, #[comptime] _tile: Tile) -> MmaFragment {
+        MmaFragment::zeros(width)
+    }
+
+    fn begin_load<N: Size>(
+        dst: &mut MmaOperand<F>,
+        src: &Tensor<Vector<F, N>>,
+        rows: RowRange,
+        #[comptime] tile: Tile,
+    ) {
+        let vectors = comptime!(padded(dst.width) / WIDE);
+        let pitch = comptime!(pitch(dst.width));
+        let filled = comptime!(dst.width / WIDE);
+        let total = comptime!(dst.rows * vectors);
+        for step in 0..comptime!(total.div_ceil(tile.units)) {
+            let at = step * comptime!(tile.units) + UNIT_POS as usize;
+            let row = at / vectors;
+            let vector = at % vectors;
+            if at < total {
+                let to = row * pitch + vector;
+                if (row as u32) < rows.len && vector < filled {
+                    let start = rows.base + row * rows.row_stride;
+                    if src.vector_size() == 8 {
+                        let from = (start + vector * WIDE) / WIDE;
+                        let source = &src.as_slice()[from..from + 1];
+                        copy_async(source.downcast(), &mut dst.data[to..to + 1], 8u32);
+                    } else {
+                        let mut value = Wide::<F>::empty();
+                        #[unroll]
+                        for e in 0..WIDE {
+                            let x = src[start + (vector * WIDE + e) * rows.col_stride];
+                            value.insert(e, x.extract(0usize));
+                        }
+                        dst.data[to] = value;
+                    }
+                } else {
+                    dst.data[to] = Vector::new(F::new(0.0));
+                }
+            }
+        }
+        dst.barrier.commit_copy_async();
+    }
+
+    fn await_load(dst: &mut MmaOperand<F>) {
+        dst.barrier.arrive_and_wait();
+    }
+
+    fn mul_nt(dst: &mut MmaFragment, a: &MmaOperand<F>, b: &MmaOperand<F>) {
+        let mma = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
+        #[unroll]
+        for t in 0..comptime!(dst.count) {
+            let tile = dst.tiles.index_mut(t);
+            tile[0] = Vector::new(0.0f32);
+            tile[1] = Vector::new(0.0f32);
+        }
+        let lane = UNIT_POS_PLANE as usize;
+        let a_row = (UNIT_POS / 32 * 16) as usize + lane % 16;
+        // Matrices of b: rows 0-7 of both halves of the 16 columns, then rows 8-15.
+        let b_row = lane % 8 + lane / 16 * 8;
+        #[unroll]
+        for step in 0..comptime!(padded(a.width) / 16) {
+            let from = a_row * comptime!(pitch(a.width)) + comptime!(2 * step) + lane / 16;
+            let left = mma.load_matrix::<Wide<F>, Const<2>>(
+                &a.data[from..from + 1],
+                MatrixIdent::A,
+                4usize,
+                false,
+            );
+            #[unroll]
+            for t in 0..comptime!(dst.count / 2) {
+                let from = (b_row + comptime!(16 * t)) * comptime!(pitch(b.width))
+                    + comptime!(2 * step)
+                    + lane / 8 % 2;
+                let right = mma.load_matrix::<Wide<F>, Const<2>>(
+                    &b.data[from..from + 1],
+                    MatrixIdent::B,
+                    4usize,
+                    false,
+                );
+                multiply_two::<F>(&mma, &left, &right, dst, comptime!(2 * t));
+            }
+        }
+    }
+
+    fn stage(dst: &mut Sequence<Array<Pair<F>>>, p: &MmaFragment) {
+        #[unroll]
+        for step in 0..comptime!(p.count / 2) {
+            let left = dst.index_mut(step);
+            #[unroll]
+            for half in 0..2usize {
+                #[unroll]
+                for r in 0..2usize {
+                    let pair = p.tiles[comptime!(2 * step + half)][r];
+                    left[comptime!(2 * half + r)] = Vector::cast_from(pair);
+                }
+            }
+        }
+    }
+
+    fn mul_nn(acc: &mut MmaFragment, p: &Sequence<Array<Pair<F>>>, b: &MmaOperand<F>) {
+        let mma = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
+        let lane = UNIT_POS_PLANE as usize;
+        // Transposed matrices of b: rows 0-7 and 8-15 of 8 columns, then of the next 8.
+        let row = lane % 16;
+        #[unroll]
+        for step in 0..comptime!(b.rows / 16) {
+            #[unroll]
+            for t in 0..comptime!(acc.count.div_ceil(2)) {
+                let from = (row + comptime!(16 * step)) * comptime!(pitch(b.width))
+                    + comptime!(2 * t)
+                    + lane / 16;
+                let right = mma.load_matrix::<Wide<F>, Const<2>>(
+                    &b.data[from..from + 1],
+                    MatrixIdent::B,
+                    4usize,
+                    true,
+                );
+                multiply_two::<F>(&mma, &p[step], &right, acc, comptime!(2 * t));
+            }
+        }
+    }
+
+    fn mul_tn(acc: &mut MmaFragment, a: &MmaOperand<F>, b: &MmaOperand<F>) {
+        let mma = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
+        let lane = UNIT_POS_PLANE as usize;
+        // Transposed matrices of a: columns 0-7 and 8-15 of 8 rows, then of the next 8.
+        let a_row = lane % 8 + lane / 16 * 8;
+        let a_vector = (UNIT_POS / 32 * 2) as usize + lane / 8 % 2;
+        let b_row = lane % 16;
+        #[unroll]
+        for step in 0..comptime!(a.rows / 16) {
+            let from = (a_row + comptime!(16 * step)) * comptime!(pitch(a.width)) + a_vector;
+            let left = mma.load_matrix::<Wide<F>, Const<2>>(
+                &a.data[from..from + 1],
+                MatrixIdent::A,
+                4usize,
+                true,
+            );
+            #[unroll]
+            for t in 0..comptime!(acc.count.div_ceil(2)) {
+                let from = (b_row + comptime!(16 * step)) * comptime!(pitch(b.width))
+                    + comptime!(2 * t)
+                    + lane / 16;
+                let right = mma.load_matrix::<Wide<F>, Const<2>>(
+                    &b.data[from..from + 1],
+                    MatrixIdent::B,
+                    4usize,
+                    true,
+                );
+                multiply_two::<F>(&mma, &left, &right, acc, comptime!(2 * t));
+            }
+        }
+    }
+
+    fn mul_on(acc: &mut MmaFragment, a: &MmaOperand<F>, first: u32, b: &MmaOperand<F>) {
+        let mma = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
+        let lane = UNIT_POS_PLANE as usize;
+        let a_row = (UNIT_POS / 32 * 16) as usize + lane % 16;
+        let b_row = lane % 16;
+        #[unroll]
+        for step in 0..comptime!(b.rows / 16) {
+            let vector = first as usize / WIDE + comptime!(2 * step) + lane / 16;
+            let from = a_row * comptime!(pitch(a.width)) + vector;
+            let left = mma.load_matrix::<Wide<F>, Const<2>>(
+                &a.data[from..from + 1],
+                MatrixIdent::A,
+                4usize,
+                false,
+            );
+            #[unroll]
+            for t in 0..comptime!(acc.count.div_ceil(2)) {
+                let from = (b_row + comptime!(16 * step)) * comptime!(pitch(b.width))
+                    + comptime!(2 * t)
+                    + lane / 16;
+                let right = mma.load_matrix::<Wide<F>, Const<2>>(
+                    &b.data[from..from + 1],
+                    MatrixIdent::B,
+                    4usize,
+                    true,
+                );
+                multiply_two::<F>(&mma, &left, &right, acc, comptime!(2 * t));
+            }
+        }
+    }
+
+    fn apply_feature_map(
+        a: &mut MmaOperand<F>,
+        len: u32,
+        #[comptime] phi: FeatureMap,
+        #[comptime] tile: Tile,
+    ) {
+        apply_feature_map::<MmaOperand<F>>(a, len, phi, tile, true);
+    }
+
+    fn put(dst: &mut MmaOperand<F>, p: &MmaFragment) {
+        #[unroll]
+        for r in 0..2usize {
+            #[unroll]
+            for t in 0..comptime!(p.count) {
+                // Four lanes hold a row's eight columns: each gathers all of them and the first
+                // writes, as a vector is the smallest thing that a shared tile stores.
+                let pair = p.tiles[t][r];
+                let mut wide = Wide::<F>::empty();
+                #[unroll]
+                for l in 0..4usize {
+                    let from = UNIT_POS_PLANE / 4 * 4 + comptime!(l as u32);
+                    let low = plane_shuffle(pair.extract(0usize), from);
+                    let high = plane_shuffle(pair.extract(1usize), from);
+                    wide.insert(comptime!(2 * l), F::cast_from(low));
+                    wide.insert(comptime!(2 * l + 1), F::cast_from(high));
+                }
+                if UNIT_POS_PLANE % 4 == 0 {
+                    dst.data[p.row(r) as usize * comptime!(pitch(dst.width)) + t] = wide;
+                }
+            }
+            // Products contract over whole 16s.
+            if comptime!(p.count % 2 == 1) {
+                let at = p.row(r) as usize * comptime!(pitch(dst.width)) + comptime!(p.count);
+                dst.data[at] = Vector::new(F::new(0.0));
+            }
+        }
+    }
+
+    fn row_dot(rows: &mut Array<f32>, a: &MmaOperand<F>, vector: &[f32], #[comptime] _tile: Tile) {
+        let lane = UNIT_POS_PLANE as usize % 4;
+        let first = (UNIT_POS / 32 * 16 + UNIT_POS_PLANE / 4) as usize;
+        let vectors = comptime!(a.width / WIDE);
+        #[unroll]
+        for i in 0..comptime!(vectors.div_ceil(4)) {
+            let at = lane + comptime!(4 * i);
+            if at < vectors {
+                #[unroll]
+                for r in 0..2usize {
+                    let x = a.data[(first + comptime!(8 * r)) * comptime!(pitch(a.width)) + at];
+                    #[unroll]
+                    for e in 0..WIDE {
+                        let y = vector[WIDE * at + e];
+                        rows[r] = fma(f32::cast_from(x.extract(e)), y, rows[r]);
+                    }
+                }
+            }
+        }
+    }
+
+    fn vector_len() -> comptime_type!(usize) {
+        WIDE
+    }
+
+    fn add_column_sums(sums: &mut Array<f32>, a: &MmaOperand<F>, vector: usize) {
+        add_column_sums::<MmaOperand<F>>(sums, a, vector);
+    }
+
+    fn row_max(rows: &mut Array<f32>, _scratch: &mut (), #[comptime] _tile: Tile) {
+        #[unroll]
+        for r in 0..2usize {
+            rows[r] = max(rows[r], plane_shuffle_xor(rows[r], 1));
+            rows[r] = max(rows[r], plane_shuffle_xor(rows[r], 2));
+        }
+    }
+
+    fn row_sum(rows: &mut Array<f32>, _scratch: &mut (), #[comptime] _tile: Tile) {
+        #[unroll]
+        for r in 0..2usize {
+            rows[r] += plane_shuffle_xor(rows[r], 1);
+            rows[r] += plane_shuffle_xor(rows[r], 2);
+        }
+    }
+}
+
+/// `acc += left right` for the fragments `first` and `first + 1`, whose right sides lie one after the
+/// other; the second is left out past the last fragment.
+#[cube]
+fn multiply_two<F: Float>(
+    mma: &MmaDefinition<F, F, f32>,
+    left: &Array<Pair<F>>,
+    right: &Array<Pair<F>>,
+    acc: &mut MmaFragment,
+    #[comptime] first: usize,
+) {
+    let count = comptime!((acc.count - first).min(2));
+    #[unroll]
+    for half in 0..count {
+        let mut side = Array::<Pair<F>>::new(2usize);
+        side[0] = right[comptime!(2 * half)];
+        side[1] = right[comptime!(2 * half + 1)];
+        mma.execute_inplace(left, &side, acc.tiles.index_mut(comptime!(first + half)));
+    }
+}
+
+/// Whether the device can run this engine on 16-bit elements, or why not.
+pub(crate) fn mma_supported(dtype: DType, device: &DeviceProperties) -> Result<(), &'static str> {
+    if dtype == DType::F32 {
+        return Err("the tensor cores would round f32 to tf32");
+    }
+    let elem = dtype.elem_type();
+    let config = MmaConfig {
+        a_type: elem,
+        b_type: elem,
+        cd_type: ElemType::Float(FloatKind::F32),
+        m: 16,
+        n: 8,
+        k: 16,
+    };
+    let matmul = &device.features.matmul;
+    if !matmul.mma.contains(&config) || !matmul.ldmatrix.contains(&elem) {
+        return Err("the device has no 16x8x16 product of this type");
+    }
+    if device.hardware.plane_size_min != 32 || device.hardware.plane_size_max != 32 {
+        return Err("fragments are laid out for planes of 32 units");
+    }
+    if !device.features.copy_async {
+        return Err("the device has no asynchronous copies to shared memory");
+    }
+    Ok(())
+}
+
+/// The tile program of this engine, or why it cannot run.
+pub fn mma_tile(
+    needs: &TileNeeds,
+    dtype: DType,
+    device: &DeviceProperties,
+) -> Result<Tile, &'static str> {
+    mma_supported(dtype, device)?;
+    let columns: usize = needs.accumulators.iter().sum();
+    if columns > 256 {
+        return Err("the accumulators do not fit the registers");
+    }
+    [
+        (64, 64),
+        (64, 32),
+        (64, 16),
+        (32, 64),
+        (32, 32),
+        (32, 16),
+        (16, 64),
+        (16, 32),
+        (16, 16),
+    ]
+    .into_iter()
+    .map(|(rows, cols)| Tile {
+        rows,
+        cols,
+        units: rows * 2,
+    })
+    .filter(|tile| tile.rows <= needs.max_rows && needs.max_cols.is_multiple_of(tile.cols))
+    .filter(|tile| tile.cols <= if columns > 128 { 32 } else { 64 })
+    .find(|tile| shared_memory(needs, *tile) <= device.hardware.max_shared_memory_size)
+    .ok_or("no tile fits the shared memory")
+}
+
+/// Bytes of shared memory of a tile program.
+fn shared_memory(needs: &TileNeeds, tile: Tile) -> usize {
+    let operands = |rows: usize, widths: &[usize]| -> usize {
+        widths
+            .iter()
+            .map(|&width| rows * pitch(width) * 16 + 16)
+            .sum()
+    };
+    operands(tile.rows, &needs.owned) + operands(tile.cols, &needs.streamed)
+}

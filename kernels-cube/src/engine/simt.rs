@@ -1,0 +1,516 @@
+//! The portable engine: f32 arithmetic on any device, no matrix units, no plane operations.
+//!
+//! Eight neighbouring units share a row. A unit holds `rows / (units / 8)` consecutive rows; of the
+//! scores it holds every eighth column, of an accumulator every eighth group of four, so that the
+//! eight read eight neighbouring vectors of a shared tile. Tiles are kept as f32 vectors of four
+//! with one vector of padding a row, which keeps the eight rows of a `mul_nt` in different banks.
+
+use cubecl::ir::HardwareProperties;
+use cubecl::prelude::*;
+
+use super::vectors::{add_column_sums, apply_feature_map};
+use super::*;
+
+type Vec4 = Vector<f32, Const<4>>;
+
+/// Units that share a row.
+const LANES: usize = 8;
+
+/// The engine that needs nothing but shared memory.
+pub struct Simt;
+
+/// A shared tile, `[rows, pitch]` vectors of four.
+#[derive(CubeType)]
+pub struct SimtOperand {
+    data: Shared<[Vec4]>,
+    #[cube(comptime)]
+    rows: usize,
+    /// Vectors of a row that hold data.
+    #[cube(comptime)]
+    vectors: usize,
+    /// Vectors from one row to the next.
+    #[cube(comptime)]
+    pitch: usize,
+}
+
+/// A left side in shared memory, `[rows, pitch]`.
+#[derive(CubeType)]
+pub struct SimtLeft {
+    data: Shared<[f32]>,
+    #[cube(comptime)]
+    pitch: usize,
+}
+
+/// A fragment in a local array.
+#[derive(CubeType)]
+pub struct SimtFragment {
+    data: Array<f32>,
+    first_row: u32,
+    lane: u32,
+    #[cube(comptime)]
+    rows: usize,
+    #[cube(comptime)]
+    cols: usize,
+    #[cube(comptime)]
+    run: usize,
+}
+
+#[cube]
+impl SimtFragment {
+    fn zeros(#[comptime] tile: Tile, #[comptime] cols: usize, #[comptime] run: usize) -> Self {
+        let rows = comptime!(rows_per_unit(tile));
+        let mut data = Array::<f32>::new(comptime!(rows * cols));
+        #[unroll]
+        for i in 0..comptime!(rows * cols) {
+            data[i] = 0.0;
+        }
+        SimtFragment {
+            data,
+            first_row: UNIT_POS / comptime!(LANES as u32) * comptime!(rows as u32),
+            lane: UNIT_POS % comptime!(LANES as u32),
+            rows,
+            cols,
+            run,
+        }
+    }
+}
+
+/// Vectors from one row of a shared tile to the next: whole groups of the accumulator's columns, and
+/// one of padding.
+fn pitch(width: usize) -> usize {
+    (width / 4).next_multiple_of(LANES) + 1
+}
+
+/// Rows that each unit of a tile program holds.
+fn rows_per_unit(tile: Tile) -> usize {
+    tile.rows * LANES / tile.units
+}
+
+#[cube]
+impl Fragment for SimtFragment {
+    fn rows(&self) -> comptime_type!(usize) {
+        self.rows
+    }
+
+    fn cols(&self) -> comptime_type!(usize) {
+        self.cols
+    }
+
+    fn run(&self) -> comptime_type!(usize) {
+        self.run
+    }
+
+    fn get(&self, #[comptime] r: usize, #[comptime] c: usize) -> f32 {
+        self.data[comptime!(r * self.cols + c)]
+    }
+
+    fn set(&mut self, #[comptime] r: usize, #[comptime] c: usize, value: f32) {
+        self.data[comptime!(r * self.cols + c)] = value;
+    }
+
+    fn row(&self, #[comptime] r: usize) -> u32 {
+        self.first_row + comptime!(r as u32)
+    }
+
+    fn col(&self, #[comptime] c: usize) -> u32 {
+        let group = comptime!((c / self.run * LANES) as u32) + self.lane;
+        group * comptime!(self.run as u32) + comptime!((c % self.run) as u32)
+    }
+}
+
+#[cube]
+impl VectorRows for SimtOperand {
+    fn rows(&self) -> comptime_type!(usize) {
+        self.rows
+    }
+
+    fn vectors(&self) -> comptime_type!(usize) {
+        self.vectors
+    }
+
+    fn size(&self) -> comptime_type!(usize) {
+        4usize
+    }
+
+    fn read(&self, row: usize, vector: usize) -> Array<f32> {
+        let x = self.data[row * comptime!(self.pitch) + vector];
+        let mut values = Array::<f32>::new(4usize);
+        #[unroll]
+        for e in 0..4usize {
+            values[e] = x.extract(e);
+        }
+        values
+    }
+
+    fn write(&mut self, row: usize, vector: usize, values: &Array<f32>) {
+        let mut x = Vec4::new(0.0f32);
+        #[unroll]
+        for e in 0..4usize {
+            x.insert(e, values[e]);
+        }
+        self.data[row * comptime!(self.pitch) + vector] = x;
+    }
+}
+
+#[cube]
+impl<F: Float> TileEngine<F> for Simt {
+    type Operand = SimtOperand;
+    type Fragment = SimtFragment;
+    type Left = SimtLeft;
+    type Scratch = Shared<[f32]>;
+
+    fn operand(
+        #[comptime] rows: usize,
+        #[comptime] width: usize,
+        #[comptime] tile: Tile,
+    ) -> SimtOperand {
+        let _ = tile;
+        let pitch = comptime!(pitch(width));
+        SimtOperand {
+            // An operand of no rows is never touched, but WGSL has no empty arrays.
+            data: Shared::new_slice(comptime!((rows * pitch).max(1))),
+            rows,
+            vectors: comptime!(width / 4),
+            pitch,
+        }
+    }
+
+    fn left(#[comptime] tile: Tile) -> SimtLeft {
+        let pitch = comptime!(tile.cols + 1);
+        SimtLeft {
+            data: Shared::new_slice(comptime!(tile.rows * pitch)),
+            pitch,
+        }
+    }
+
+    fn scratch(#[comptime] tile: Tile) -> Shared<[f32]> {
+        Shared::new_slice(comptime!(tile.rows * LANES))
+    }
+
+    fn scores(#[comptime] tile: Tile) -> SimtFragment {
+        SimtFragment::zeros(tile, comptime!(tile.cols / LANES), 1usize)
+    }
+
+    fn accumulator(#[comptime] width: usize, #[comptime] tile: Tile) -> SimtFragment {
+        let groups = comptime!(width.div_ceil(4 * LANES));
+        SimtFragment::zeros(tile, comptime!(groups * 4), 4usize)
+    }
+
+    fn begin_load<N: Size>(
+        dst: &mut SimtOperand,
+        src: &Tensor<Vector<F, N>>,
+        rows: RowRange,
+        #[comptime] tile: Tile,
+    ) {
+        // Columns past the width are zero, up to whole groups: `mul_on` reads them.
+        let vectors = comptime!(dst.pitch - 1);
+        let total = comptime!(dst.rows * vectors);
+        let steps = comptime!(total.div_ceil(tile.units));
+        for step in 0..steps {
+            let at = step * comptime!(tile.units) + UNIT_POS as usize;
+            let row = at / vectors;
+            let vector = at % vectors;
+            if at < total {
+                let mut value = Vec4::new(0.0f32);
+                if (row as u32) < rows.len && vector < comptime!(dst.vectors) {
+                    let start = rows.base + row * rows.row_stride;
+                    value = read_four::<F, N>(src, start, vector * 4, rows.col_stride);
+                }
+                dst.data[row * comptime!(dst.pitch) + vector] = value;
+            }
+        }
+    }
+
+    fn await_load(_dst: &mut SimtOperand) {
+        sync_cube();
+    }
+
+    fn mul_nt(dst: &mut SimtFragment, a: &SimtOperand, b: &SimtOperand) {
+        #[unroll]
+        for i in 0..comptime!(dst.rows * dst.cols) {
+            dst.data[i] = 0.0;
+        }
+        for vector in 0..comptime!(a.vectors) {
+            let mut right = Array::<Vec4>::new(comptime!(dst.cols));
+            #[unroll]
+            for c in 0..comptime!(dst.cols) {
+                right[c] = b.data[dst.col(c) as usize * comptime!(b.pitch) + vector];
+            }
+            #[unroll]
+            for r in 0..comptime!(dst.rows) {
+                let left = a.data[dst.row(r) as usize * comptime!(a.pitch) + vector];
+                #[unroll]
+                for c in 0..comptime!(dst.cols) {
+                    let mut sum = dst.get(r, c);
+                    #[unroll]
+                    for e in 0..4usize {
+                        sum = fma(left.extract(e), right[c].extract(e), sum);
+                    }
+                    dst.set(r, c, sum);
+                }
+            }
+        }
+    }
+
+    fn stage(dst: &mut SimtLeft, p: &SimtFragment) {
+        #[unroll]
+        for r in 0..comptime!(p.rows) {
+            #[unroll]
+            for c in 0..comptime!(p.cols) {
+                dst.data[p.row(r) as usize * comptime!(dst.pitch) + p.col(c) as usize] =
+                    p.get(r, c);
+            }
+        }
+    }
+
+    fn mul_nn(acc: &mut SimtFragment, p: &SimtLeft, b: &SimtOperand) {
+        let groups = comptime!(acc.cols / 4);
+        for k in 0..comptime!(b.rows) {
+            let mut left = Array::<f32>::new(comptime!(acc.rows));
+            #[unroll]
+            for r in 0..comptime!(acc.rows) {
+                left[r] = p.data[acc.row(r) as usize * comptime!(p.pitch) + k];
+            }
+            #[unroll]
+            for g in 0..groups {
+                // The last group of a width that is no multiple of 32 reads past the row's data:
+                // it stays inside the tile's padded row and its columns are never stored.
+                let right =
+                    b.data[k * comptime!(b.pitch) + comptime!(g * LANES) + acc.lane as usize];
+                #[unroll]
+                for r in 0..comptime!(acc.rows) {
+                    #[unroll]
+                    for e in 0..4usize {
+                        let c = comptime!(g * 4 + e);
+                        let sum = fma(left[r], right.extract(e), acc.get(r, c));
+                        acc.set(r, c, sum);
+                    }
+                }
+            }
+        }
+    }
+
+    fn mul_tn(acc: &mut SimtFragment, a: &SimtOperand, b: &SimtOperand) {
+        let groups = comptime!(acc.cols / 4);
+        for k in 0..comptime!(a.rows) {
+            let mut right = Array::<Vec4>::new(groups);
+            #[unroll]
+            for g in 0..groups {
+                right[g] =
+                    b.data[k * comptime!(b.pitch) + comptime!(g * LANES) + acc.lane as usize];
+            }
+            // A unit's rows are consecutive and begin at a multiple of four.
+            #[unroll]
+            for quad in 0..comptime!(acc.rows / 4) {
+                let at = acc.first_row as usize / 4 + quad;
+                let left = a.data[k * comptime!(a.pitch) + at];
+                #[unroll]
+                for i in 0..4usize {
+                    #[unroll]
+                    for c in 0..comptime!(acc.cols) {
+                        let r = comptime!(4 * quad + i);
+                        let x = right[comptime!(c / 4)].extract(comptime!(c % 4));
+                        acc.set(r, c, fma(left.extract(i), x, acc.get(r, c)));
+                    }
+                }
+            }
+        }
+    }
+
+    fn mul_on(acc: &mut SimtFragment, a: &SimtOperand, first: u32, b: &SimtOperand) {
+        let groups = comptime!(acc.cols / 4);
+        for quad in 0..comptime!(b.rows / 4) {
+            let mut left = Array::<Vec4>::new(comptime!(acc.rows));
+            #[unroll]
+            for r in 0..comptime!(acc.rows) {
+                let at = acc.row(r) as usize * comptime!(a.pitch);
+                left[r] = a.data[at + first as usize / 4 + quad];
+            }
+            #[unroll]
+            for i in 0..4usize {
+                #[unroll]
+                for g in 0..groups {
+                    let row = (4 * quad + i) * comptime!(b.pitch);
+                    let right = b.data[row + comptime!(g * LANES) + acc.lane as usize];
+                    #[unroll]
+                    for r in 0..comptime!(acc.rows) {
+                        #[unroll]
+                        for e in 0..4usize {
+                            let c = comptime!(4 * g + e);
+                            let x = left[r].extract(i);
+                            acc.set(r, c, fma(x, right.extract(e), acc.get(r, c)));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn apply_feature_map(
+        a: &mut SimtOperand,
+        len: u32,
+        #[comptime] phi: FeatureMap,
+        #[comptime] tile: Tile,
+    ) {
+        apply_feature_map::<SimtOperand>(a, len, phi, tile, false);
+    }
+
+    fn put(dst: &mut SimtOperand, p: &SimtFragment) {
+        #[unroll]
+        for r in 0..comptime!(p.rows) {
+            #[unroll]
+            for g in 0..comptime!(p.cols / 4) {
+                let mut x = Vec4::new(0.0f32);
+                #[unroll]
+                for e in 0..4usize {
+                    x.insert(e, p.get(r, comptime!(4 * g + e)));
+                }
+                let at = p.col(comptime!(4 * g)) as usize / 4;
+                dst.data[p.row(r) as usize * comptime!(dst.pitch) + at] = x;
+            }
+        }
+    }
+
+    fn row_dot(rows: &mut Array<f32>, a: &SimtOperand, vector: &[f32], #[comptime] tile: Tile) {
+        let lane = UNIT_POS as usize % LANES;
+        let first = UNIT_POS as usize / LANES * comptime!(rows_per_unit(tile));
+        #[unroll]
+        for i in 0..comptime!(a.vectors.div_ceil(LANES)) {
+            let at = lane + comptime!(i * LANES);
+            if at < comptime!(a.vectors) {
+                #[unroll]
+                for r in 0..comptime!(rows_per_unit(tile)) {
+                    let x = a.data[(first + r) * comptime!(a.pitch) + at];
+                    #[unroll]
+                    for e in 0..4usize {
+                        rows[r] = fma(x.extract(e), vector[4 * at + e], rows[r]);
+                    }
+                }
+            }
+        }
+    }
+
+    fn vector_len() -> comptime_type!(usize) {
+        4usize
+    }
+
+    fn add_column_sums(sums: &mut Array<f32>, a: &SimtOperand, vector: usize) {
+        add_column_sums::<SimtOperand>(sums, a, vector);
+    }
+
+    fn row_max(rows: &mut Array<f32>, scratch: &mut Shared<[f32]>, #[comptime] tile: Tile) {
+        publish(&*rows, scratch, tile);
+        #[unroll]
+        for r in 0..comptime!(rows_per_unit(tile)) {
+            let start = row_start(r, tile);
+            #[unroll]
+            for lane in 0..LANES {
+                rows[r] = max(rows[r], scratch[start + lane]);
+            }
+        }
+    }
+
+    fn row_sum(rows: &mut Array<f32>, scratch: &mut Shared<[f32]>, #[comptime] tile: Tile) {
+        publish(&*rows, scratch, tile);
+        #[unroll]
+        for r in 0..comptime!(rows_per_unit(tile)) {
+            let start = row_start(r, tile);
+            let mut sum = 0.0f32;
+            #[unroll]
+            for lane in 0..LANES {
+                sum += scratch[start + lane];
+            }
+            rows[r] = sum;
+        }
+    }
+}
+
+/// Where the partial results of the unit's row `r` begin in the scratch.
+#[cube]
+fn row_start(#[comptime] r: usize, #[comptime] tile: Tile) -> usize {
+    let group = UNIT_POS as usize / LANES;
+    (group * comptime!(rows_per_unit(tile)) + r) * LANES
+}
+
+/// Shows each unit's partial results to the other units of its rows.
+#[cube]
+fn publish(rows: &Array<f32>, scratch: &mut Shared<[f32]>, #[comptime] tile: Tile) {
+    // The previous reduction may still be being read.
+    sync_cube();
+    #[unroll]
+    for r in 0..comptime!(rows_per_unit(tile)) {
+        scratch[row_start(r, tile) + UNIT_POS as usize % LANES] = rows[r];
+    }
+    sync_cube();
+}
+
+/// Four neighbouring elements as f32, from vectors of four or, for strided data, from scalars.
+#[cube]
+fn read_four<F: Float, N: Size>(
+    src: &Tensor<Vector<F, N>>,
+    start: usize,
+    col: usize,
+    col_stride: usize,
+) -> Vec4 {
+    let mut value = Vec4::new(0.0f32);
+    if src.vector_size() == 4 {
+        value = Vec4::cast_from(src[(start + col) / 4]);
+    } else {
+        #[unroll]
+        for e in 0..4usize {
+            let x = src[start + (col + e) * col_stride].extract(0usize);
+            value.insert(e, f32::cast_from(x));
+        }
+    }
+    value
+}
+
+/// Tiles in the order they are tried: (rows, columns).
+///
+/// Larger tiles read each streamed row fewer times; the small ones exist for devices with 32 KiB of
+/// shared memory and wide heads.
+const CANDIDATES: [(usize, usize); 6] = [(64, 32), (32, 32), (32, 16), (16, 16), (16, 8), (8, 8)];
+
+/// Columns of accumulators per unit from which four rows would spill.
+const WIDE_ACCUMULATOR: usize = 4;
+
+/// The largest tile program that fits the device.
+pub fn simt_tile(needs: &TileNeeds, hardware: &HardwareProperties) -> Option<Tile> {
+    let columns: usize = needs
+        .accumulators
+        .iter()
+        .map(|width| width.div_ceil(4 * LANES) * 4)
+        .sum();
+    CANDIDATES
+        .into_iter()
+        .map(|(rows, cols)| {
+            let rows_per_unit = if columns <= WIDE_ACCUMULATOR {
+                4usize
+            } else {
+                2
+            }
+            // Two planes of 32 at least, to hide some latency.
+            .min(rows * LANES / 64);
+            Tile {
+                rows,
+                cols,
+                units: rows * LANES / rows_per_unit,
+            }
+        })
+        .filter(|tile| tile.rows <= needs.max_rows && tile.cols <= needs.max_cols)
+        .filter(|tile| tile.units <= hardware.max_units_per_cube as usize)
+        .find(|tile| simt_shared_memory(needs, *tile) <= hardware.max_shared_memory_size)
+}
+
+/// Bytes of shared memory of a tile program.
+pub(crate) fn simt_shared_memory(needs: &TileNeeds, tile: Tile) -> usize {
+    let operands = |rows: usize, widths: &[usize]| -> usize {
+        widths.iter().map(|&width| rows * pitch(width) * 16).sum()
+    };
+    operands(tile.rows, &needs.owned)
+        + operands(tile.cols, &needs.streamed)
+        + needs.lefts * tile.rows * (tile.cols + 1) * 4
+        + tile.rows * LANES * 4
+        // Feature maps reduce over a row's units.
+        + tile.units * 4
+}

@@ -1,0 +1,156 @@
+//! What engines do to shared tiles element by element.
+
+use cubecl::prelude::*;
+
+use super::Tile;
+use crate::linear::{FeatureMap, feature};
+
+/// Units that share a row.
+const LANES: usize = 8;
+
+/// A shared tile as rows of short vectors.
+#[cube]
+pub(crate) trait VectorRows: CubeType {
+    /// Rows of the tile.
+    fn rows(&self) -> comptime_type!(usize);
+    /// Vectors of a row that hold data.
+    fn vectors(&self) -> comptime_type!(usize);
+    /// Elements of a vector.
+    fn size(&self) -> comptime_type!(usize);
+    /// A vector's elements.
+    fn read(&self, row: usize, vector: usize) -> Array<f32>;
+    /// Replaces a vector's elements.
+    fn write(&mut self, row: usize, vector: usize, values: &Array<f32>);
+}
+
+/// Applies `phi` to the first `len` rows and sets the others to 0. Eight units share a row; they
+/// talk through shuffles if `planes` says that the device has them.
+#[cube]
+pub(crate) fn apply_feature_map<R: VectorRows>(
+    a: &mut R,
+    len: u32,
+    #[comptime] phi: FeatureMap,
+    #[comptime] tile: Tile,
+    #[comptime] planes: bool,
+) {
+    let rows = a.rows();
+    let vectors = a.vectors();
+    let size = a.size();
+    let rows_at_once = comptime!(tile.units / LANES);
+    let per_lane = comptime!(vectors.div_ceil(LANES));
+    let mut lanes = Lanes {
+        partial: Shared::new_slice(comptime!(if planes { 1 } else { tile.units })),
+        planes,
+    };
+    let lane = UNIT_POS as usize % LANES;
+    for step in 0..comptime!(rows.div_ceil(rows_at_once)) {
+        let row = step * rows_at_once + UNIT_POS as usize / LANES;
+        let inside = row < rows;
+        let mut shift = 0.0f32;
+        let mut factor = 1.0f32.runtime();
+        if comptime!(phi == FeatureMap::Softmax) {
+            let mut largest = f32::min_value();
+            #[unroll]
+            for i in 0..per_lane {
+                let vector = lane + comptime!(i * LANES);
+                if inside && vector < vectors {
+                    let x = a.read(row, vector);
+                    #[unroll]
+                    for e in 0..size {
+                        largest = max(largest, x[e]);
+                    }
+                }
+            }
+            shift = lanes.max(largest);
+            let mut sum = 0.0f32;
+            #[unroll]
+            for i in 0..per_lane {
+                let vector = lane + comptime!(i * LANES);
+                if inside && vector < vectors {
+                    let x = a.read(row, vector);
+                    #[unroll]
+                    for e in 0..size {
+                        sum += (x[e] - shift).exp();
+                    }
+                }
+            }
+            factor = 1.0 / lanes.sum(sum);
+        }
+        #[unroll]
+        for i in 0..per_lane {
+            let vector = lane + comptime!(i * LANES);
+            if inside && vector < vectors {
+                let mut x = a.read(row, vector);
+                #[unroll]
+                for e in 0..size {
+                    let y = feature(x[e] - shift, phi) * factor;
+                    x[e] = select((row as u32) < len, y, 0.0);
+                }
+                a.write(row, vector, &x);
+            }
+        }
+    }
+    sync_cube();
+}
+
+/// Adds the sums over all rows of the columns of one vector.
+#[cube]
+pub(crate) fn add_column_sums<R: VectorRows>(sums: &mut Array<f32>, a: &R, vector: usize) {
+    for row in 0..a.rows() {
+        let x = a.read(row, vector);
+        #[unroll]
+        for e in 0..a.size() {
+            sums[e] += x[e];
+        }
+    }
+}
+
+/// The eight units of a row.
+#[derive(CubeType)]
+struct Lanes {
+    partial: Shared<[f32]>,
+    #[cube(comptime)]
+    planes: bool,
+}
+
+#[cube]
+impl Lanes {
+    fn max(&mut self, x: f32) -> f32 {
+        let mut largest = x;
+        if self.planes {
+            largest = max(largest, plane_shuffle_xor(largest, 1));
+            largest = max(largest, plane_shuffle_xor(largest, 2));
+            largest = max(largest, plane_shuffle_xor(largest, 4));
+        } else {
+            self.share(x);
+            #[unroll]
+            for i in 0..LANES {
+                largest = max(largest, self.partial[UNIT_POS as usize / LANES * LANES + i]);
+            }
+        }
+        largest
+    }
+
+    fn sum(&mut self, x: f32) -> f32 {
+        let mut sum = x;
+        if self.planes {
+            sum += plane_shuffle_xor(sum, 1);
+            sum += plane_shuffle_xor(sum, 2);
+            sum += plane_shuffle_xor(sum, 4);
+        } else {
+            self.share(x);
+            sum = 0.0f32.runtime();
+            #[unroll]
+            for i in 0..LANES {
+                sum += self.partial[UNIT_POS as usize / LANES * LANES + i];
+            }
+        }
+        sum
+    }
+
+    fn share(&mut self, x: f32) {
+        sync_cube();
+        self.partial[UNIT_POS as usize] = x;
+        sync_cube();
+    }
+}

@@ -1,0 +1,418 @@
+//! The states of linear attention: `H = sum_j phi(K_j)^T V_j` and `Z = sum_j phi(K_j)`.
+//!
+//! Keys are cut into chunks, each a cube's; a second kernel adds the chunks' sums in order, or turns
+//! them into the sums of all earlier chunks. States are multiplied by [`state_scale`], which
+//! cancels in `phi(Q) H / (phi(Q) . Z)` and keeps them in the range of f16.
+
+use cubecl::ir::DeviceProperties;
+use cubecl::prelude::*;
+
+use super::FeatureMap;
+use crate::engine::*;
+use crate::limits::{expect_buffer, expect_loop_budget, grid, line_grid};
+use crate::rows::{RowRange, RowTarget, store_rows};
+use crate::{DType, DeviceTensor, ProblemError};
+
+/// States of each (batch, key head).
+#[derive(Clone, Debug)]
+pub struct States {
+    /// `[chunks * B, Hkv, D, Dv]`; one chunk unless they are prefixes.
+    pub h: DeviceTensor<4>,
+    /// f32 `[chunks * B, Hkv, D, 1]`.
+    pub z: DeviceTensor<4>,
+}
+
+/// Which sums are made of the chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chunks {
+    /// One sum over all keys.
+    Total,
+    /// For each chunk of so many keys, the sum over the chunks before it.
+    Prefix(usize),
+}
+
+/// Power of two near `1 / sqrt(len)`: sums of `len` features stay within f16 for feature maps of
+/// order 1 as well as of order `1 / D`.
+pub fn state_scale(len: usize) -> f32 {
+    (-(len as f32).log2() / 2.0).round().exp2()
+}
+
+/// Engine and sizes of the states' tile program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StatesPlan {
+    engine: EngineKind,
+    tile: Tile,
+    /// Columns of values that a cube takes.
+    width: usize,
+}
+
+impl StatesPlan {
+    /// The fastest engine that can.
+    pub fn new(
+        device: &DeviceProperties,
+        dtype: DType,
+        head_dim: usize,
+        value_dim: usize,
+    ) -> Result<Self, ProblemError> {
+        let widest = |most: usize| {
+            (1..=most / 8)
+                .rev()
+                .map(|n| 8 * n)
+                .find(|width| value_dim.is_multiple_of(*width))
+                .unwrap_or(8)
+        };
+        if mma_supported(dtype, device).is_ok() {
+            let rows = head_dim.next_multiple_of(16);
+            return Ok(Self {
+                engine: EngineKind::Mma,
+                tile: Tile {
+                    rows,
+                    cols: 32,
+                    units: 2 * rows,
+                },
+                width: widest(if head_dim > 128 { 64 } else { 128 }),
+            });
+        }
+        // Four rows of the states to a unit, or eight where cubes would be too large.
+        let per_unit = if head_dim > 128 { 8 } else { 4 };
+        for (cols, most) in [(32, 64), (16, 64), (16, 32), (8, 32), (8, 8)] {
+            let tile = Tile {
+                rows: head_dim,
+                cols,
+                units: head_dim * 8 / per_unit,
+            };
+            let needs = TileNeeds {
+                owned: vec![],
+                streamed: vec![head_dim, widest(most)],
+                accumulators: vec![],
+                lefts: 0,
+                max_rows: head_dim,
+                max_cols: cols,
+            };
+            if simt_shared_memory(&needs, tile) <= device.hardware.max_shared_memory_size
+                && tile.units <= device.hardware.max_units_per_cube as usize
+            {
+                return Ok(Self {
+                    engine: EngineKind::Simt,
+                    tile,
+                    width: widest(most),
+                });
+            }
+        }
+        Err(ProblemError::NoPlan {
+            device: device.identity.name.clone(),
+            reason: "no tile of these head dimensions fits the shared memory".into(),
+        })
+    }
+}
+
+/// `sum a^T b` over all rows, f32 `[D, Dv]`, and the sum of the rows of `a`, f32 `[D]`, of
+/// `a [B, H, L, D]` and `b [B, H, L, Dv]`.
+pub(crate) fn outer_sums(
+    client: &Client,
+    a: &DeviceTensor<4>,
+    b: &DeviceTensor<4>,
+) -> Result<(DeviceTensor<2>, DeviceTensor<1>), ProblemError> {
+    let (partial, _) = partial_states(client, a, b, FeatureMap::Identity, Chunks::Total)?;
+    let [parts, heads, rows, columns] = partial.h.shape();
+    let h = DeviceTensor::empty(client, [1, 1, rows, columns], DType::F32);
+    let z = DeviceTensor::empty(client, [1, 1, rows, 1], DType::F32);
+    add_chunks(client, &partial.h, &h, parts * heads, 1.0, false)?;
+    add_chunks(client, &partial.z, &z, parts * heads, 1.0, false)?;
+    let (h, z) = (h.handle().clone(), z.handle().clone());
+    Ok((
+        DeviceTensor::new(h, [rows, columns], [columns, 1], DType::F32)?,
+        DeviceTensor::new(z, [rows], [1], DType::F32)?,
+    ))
+}
+
+/// Makes the states of `k [B, Hkv, Lk, D]` and `v [B, Hkv, Lk, Dv]`, summed in f32, `h` rounded to
+/// `dtype`.
+///
+/// # Errors
+/// A [`ProblemError`] if no tile fits the device, or the states no buffer.
+pub fn states(
+    client: &Client,
+    k: &DeviceTensor<4>,
+    v: &DeviceTensor<4>,
+    phi: FeatureMap,
+    chunks: Chunks,
+    dtype: DType,
+) -> Result<States, ProblemError> {
+    let [batch, heads, len, head_dim] = k.shape();
+    let value_dim = v.shape()[3];
+    let (partial, count) = partial_states(client, k, v, phi, chunks)?;
+    let prefix = matches!(chunks, Chunks::Prefix(_));
+    let kept = if prefix { count } else { 1 };
+    let total = States {
+        h: DeviceTensor::empty(client, [kept * batch, heads, head_dim, value_dim], dtype),
+        z: DeviceTensor::empty(client, [kept * batch, heads, head_dim, 1], DType::F32),
+    };
+    let scale = state_scale(len);
+    add_chunks(client, &partial.h, &total.h, count, scale, prefix)?;
+    add_chunks(client, &partial.z, &total.z, count, scale, prefix)?;
+    Ok(total)
+}
+
+/// The states of each chunk alone, f32 and not scaled, and the number of chunks.
+fn partial_states(
+    client: &Client,
+    k: &DeviceTensor<4>,
+    v: &DeviceTensor<4>,
+    phi: FeatureMap,
+    chunks: Chunks,
+) -> Result<(States, usize), ProblemError> {
+    let device = client.properties();
+    let [batch, heads, len, head_dim] = k.shape();
+    let value_dim = v.shape()[3];
+    let plan = StatesPlan::new(device, k.dtype(), head_dim, value_dim)?;
+    let chunk = match chunks {
+        Chunks::Prefix(chunk) => chunk,
+        // Some cubes to each multiprocessor, and few enough sums to add.
+        Chunks::Total => (len * batch * heads / 512)
+            .next_power_of_two()
+            .clamp(128, 4096),
+    };
+    let count = len.div_ceil(chunk);
+    let per_tile =
+        plan.tile.cols + 2 * (plan.tile.cols * head_dim / 4).div_ceil(plan.tile.units) + 8;
+    let tiles = chunk.div_ceil(plan.tile.cols);
+    expect_loop_budget(
+        device,
+        "linear states",
+        tiles * per_tile + 2 * tiles * plan.tile.cols,
+    )?;
+    expect_buffer(
+        device,
+        "states of linear attention",
+        count * batch * heads * head_dim * value_dim * 4,
+    )?;
+
+    let shape = [count * batch, heads, head_dim, value_dim];
+    let partial = States {
+        h: DeviceTensor::empty(client, shape, DType::F32),
+        z: DeviceTensor::empty(client, [count * batch, heads, head_dim, 1], DType::F32),
+    };
+    let job = StatesJob {
+        k,
+        v,
+        partial: &partial,
+        plan,
+        phi,
+        chunk,
+        count,
+    };
+    match plan.engine {
+        EngineKind::Simt => job.launch::<Simt>(client, [4, 4])?,
+        EngineKind::Mma => job.launch::<Mma>(client, [8, 2])?,
+    }
+    Ok((partial, count))
+}
+
+struct StatesJob<'a> {
+    k: &'a DeviceTensor<4>,
+    v: &'a DeviceTensor<4>,
+    partial: &'a States,
+    plan: StatesPlan,
+    phi: FeatureMap,
+    chunk: usize,
+    count: usize,
+}
+
+impl StatesJob<'_> {
+    fn launch<E: TileEngine<states_kernel::F>>(
+        &self,
+        client: &Client,
+        [load, store]: [usize; 2],
+    ) -> Result<(), ProblemError> {
+        let [batch, heads, _, head_dim] = self.k.shape();
+        let value_dim = self.v.shape()[3];
+        let aligned = self.k.is_aligned() && self.v.is_aligned();
+        let extent = self.k.extent().max(self.v.extent());
+        // SAFETY: keys past the length read as zeros and add nothing; each cube writes the states of
+        // its own chunk, head and columns.
+        unsafe {
+            states_kernel::launch_unchecked::<E>(
+                client,
+                grid(
+                    client.properties(),
+                    [
+                        ("chunks of keys", self.count),
+                        ("columns of values", value_dim / self.plan.width),
+                        ("B * Hkv", batch * heads),
+                    ],
+                )?,
+                CubeDim::new_1d(self.plan.tile.units as u32),
+                AddressType::from_len(extent),
+                if aligned { load } else { 1 },
+                store,
+                self.k.tensor_arg(),
+                self.v.tensor_arg(),
+                self.partial.h.buffer_arg(),
+                self.partial.z.buffer_arg(),
+                self.chunk as u32,
+                StatesConfig {
+                    tile: self.plan.tile,
+                    head_dim,
+                    value_dim,
+                    width: self.plan.width,
+                    phi: self.phi,
+                },
+                self.k.dtype().elem_type(),
+            );
+        }
+        Ok(())
+    }
+}
+
+/// What the kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct StatesConfig {
+    tile: Tile,
+    head_dim: usize,
+    value_dim: usize,
+    width: usize,
+    phi: FeatureMap,
+}
+
+/// One cube adds up a chunk of keys for some columns of the states.
+///
+/// Grid: x = chunk, y = columns of values, z = (batch, key head).
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn states_kernel<E: TileEngine<F>, F: Float, N: Size, V: Size>(
+    k: &Tensor<Vector<F, N>>,
+    v: &Tensor<Vector<F, N>>,
+    h: &mut [Vector<f32, V>],
+    z: &mut [f32],
+    chunk: u32,
+    #[comptime] config: StatesConfig,
+    #[define(F)] _dtype: ElemType,
+) {
+    let tile = comptime!(config.tile);
+    let batch = CUBE_POS_Z as usize / k.shape(1);
+    let head = CUBE_POS_Z as usize % k.shape(1);
+    let first = CUBE_POS_X * chunk;
+    let end = min(first + chunk, k.shape(2) as u32);
+    let first_column = CUBE_POS_Y * comptime!(config.width as u32);
+
+    let mut keys = E::operand(tile.cols, config.head_dim, tile);
+    let mut values = E::operand(tile.cols, config.width, tile);
+    let mut acc = E::accumulator(config.width, tile);
+    let size = E::vector_len();
+    let mut sums = Array::<f32>::new(size);
+    #[unroll]
+    for e in 0..size {
+        sums[e] = 0.0;
+    }
+    let own = UNIT_POS as usize;
+    let owner = own < comptime!(config.head_dim / size);
+
+    let mut at = first;
+    while at < end {
+        let rows = RowRange::new::<F, N>(
+            k,
+            batch,
+            head,
+            at,
+            min(at + comptime!(tile.cols as u32), end),
+        );
+        E::begin_load::<N>(&mut keys, k, rows, tile);
+        let value_rows = RowRange::new::<F, N>(
+            v,
+            batch,
+            head,
+            at,
+            min(at + comptime!(tile.cols as u32), end),
+        );
+        E::begin_load::<N>(&mut values, v, value_rows.at_column(first_column), tile);
+        E::await_load(&mut keys);
+        E::apply_feature_map(&mut keys, rows.len, config.phi, tile);
+        E::await_load(&mut values);
+        E::mul_tn(&mut acc, &keys, &values);
+        if owner && CUBE_POS_Y == 0 {
+            E::add_column_sums(&mut sums, &keys, own);
+        }
+        // The tiles are filled again.
+        sync_cube();
+        at += comptime!(tile.cols as u32);
+    }
+
+    let state = (CUBE_POS_X * CUBE_COUNT_Z + CUBE_POS_Z) as usize * config.head_dim;
+    let target = RowTarget {
+        first_row: state,
+        len: comptime!(config.head_dim as u32),
+        first_column,
+        end_column: first_column + comptime!(config.width as u32),
+    };
+    store_rows::<f32, V, E::Fragment>(h, &acc, target, config.value_dim);
+    if owner && CUBE_POS_Y == 0 {
+        #[unroll]
+        for e in 0..size {
+            z[state + own * size + e] = sums[e];
+        }
+    }
+}
+
+/// `out = scale * sum of the chunks` that f32 `partial` begins with, or for each chunk of those before
+/// it.
+///
+/// # Errors
+/// A [`ProblemError`] if there are more chunks than the device adds up.
+pub fn add_chunks(
+    client: &Client,
+    partial: &DeviceTensor<4>,
+    out: &DeviceTensor<4>,
+    chunks: usize,
+    scale: f32,
+    prefix: bool,
+) -> Result<(), ProblemError> {
+    let elements = partial.len() / chunks;
+    let units = 256;
+    expect_loop_budget(client.properties(), "adding states", chunks)?;
+    // SAFETY: one unit to an element, which it reads from and writes to every chunk.
+    unsafe {
+        add_chunks_kernel::launch_unchecked(
+            client,
+            line_grid(
+                client.properties(),
+                "elements of the states",
+                elements.div_ceil(units),
+            )?,
+            CubeDim::new_1d(units as u32),
+            partial.buffer_arg(),
+            out.buffer_arg(),
+            elements as u32,
+            chunks as u32,
+            scale,
+            prefix,
+            out.dtype().elem_type(),
+        );
+    }
+    Ok(())
+}
+
+#[cube(launch_unchecked)]
+fn add_chunks_kernel<F: Float>(
+    partial: &[f32],
+    out: &mut [F],
+    elements: u32,
+    chunks: u32,
+    scale: f32,
+    #[comptime] prefix: bool,
+    #[define(F)] _dtype: ElemType,
+) {
+    let element = (CUBE_POS_Y * CUBE_COUNT_X + CUBE_POS_X) * CUBE_DIM + UNIT_POS;
+    if element < elements {
+        let mut sum = 0.0f32;
+        for chunk in 0..chunks {
+            let at = (chunk * elements + element) as usize;
+            if prefix {
+                out[at] = F::cast_from(sum * scale);
+            }
+            sum += partial[at];
+        }
+        if comptime!(!prefix) {
+            out[element as usize] = F::cast_from(sum * scale);
+        }
+    }
+}

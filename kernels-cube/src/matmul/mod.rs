@@ -1,0 +1,265 @@
+//! Products with low-bit matrices: `Y = X W^T + b`, as a linear layer computes it.
+//!
+//! `W` is held as `[N, K]`, a row to each output, so that the scales of its rows are those of the
+//! outputs and groups lie along the sum. A weight `[K, N]` is quantized as its `permute([1, 0])`.
+//!
+//! | activations | weights | kernel |
+//! |---|---|---|
+//! | INT8 | INT8 | `integer`: exact 32-bit sums of products of words, scaled in f32 |
+//! | f32, f16, bf16, and other low-bit formats, decoded once | any | `decoded`: f32 products of tiles decoded into shared memory |
+//! | the same, at most four rows | any | `rows`: no tiles, weights read once |
+//!
+//! Supported: any number of rows, any N and K; scales of weights per tensor, row, group and block, with
+//! or without zero points; f32, f16 and bf16 activations and results; strided activations whose leading
+//! axes can be flattened.
+//! Rejected, with a [`ProblemError`]: weights with a scale per column, which is one per summand; sums
+//! of more than 133144 INT8 products under one scale, which could overflow.
+
+mod decoded;
+mod integer;
+mod rows;
+
+use cubecl::prelude::*;
+
+use crate::limits::{expect_buffer, expect_dtype};
+use crate::problem::{expect_f32, expect_shape};
+use crate::quantize::{
+    Format, Granularity, QuantizedTensor, dequantize, flattened, matrix_shape, quantize,
+};
+use crate::{DType, DeviceTensor, ProblemError};
+
+/// Units of a cube, 16 by 16 in kernels with tiles.
+const UNITS: usize = 256;
+/// Units along each side of a tile.
+const SIDE: usize = 16;
+
+/// What a kernel with tiles is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct TileConfig {
+    /// Rows of the result that a unit holds.
+    unit_rows: usize,
+    /// Columns of the result that a unit holds.
+    unit_columns: usize,
+    /// Whether there is a bias.
+    bias: bool,
+}
+
+impl TileConfig {
+    /// Larger tiles read their operands fewer times; few rows leave no use for them.
+    fn new([rows, columns]: [usize; 2], bias: bool) -> Self {
+        let (unit_rows, unit_columns) = match rows {
+            0..=16 => (1, 4),
+            1024.. if columns >= 1024 => (8, 8),
+            _ => (4, 4),
+        };
+        Self {
+            unit_rows,
+            unit_columns,
+            bias,
+        }
+    }
+
+    /// Rows of a cube's tile.
+    fn rows(self) -> usize {
+        SIDE * self.unit_rows
+    }
+
+    /// Columns of a cube's tile.
+    fn columns(self) -> usize {
+        SIDE * self.unit_columns
+    }
+}
+
+/// A product that was checked: what its kernels share.
+struct Product<'a> {
+    w: &'a QuantizedTensor<2>,
+    bias: Option<&'a DeviceTensor<1>>,
+    /// M, N, K.
+    size: [usize; 3],
+    /// `[M, N]`, contiguous.
+    out: BufferArg,
+    dtype: DType,
+}
+
+impl Product<'_> {
+    /// The bias as a kernel's argument; the scales where there is none, which are then not read.
+    fn bias_arg(&self) -> BufferArg {
+        match self.bias {
+            Some(bias) => bias.buffer_arg(),
+            None => self.w.scales().buffer_arg(),
+        }
+    }
+}
+
+/// `X W^T + b` of low-bit activations `x [.., K]` and weights `w [N, K]`: `[.., N]`, contiguous, in
+/// `dtype`.
+///
+/// INT8 by INT8 without zero points is summed in integers, exactly; of other formats the activations
+/// are decoded to f32 first. `bias` is contiguous f32 `[N]`.
+///
+/// # Errors
+/// The [module](crate::matmul)'s refusals; a type that the device lacks; shapes that do not fit.
+pub fn quantized_matmul<const R: usize>(
+    client: &Client,
+    x: &QuantizedTensor<R>,
+    w: &QuantizedTensor<2>,
+    bias: Option<&DeviceTensor<1>>,
+    dtype: DType,
+) -> Result<DeviceTensor<R>, ProblemError> {
+    let integers = x.format() == Format::Int8
+        && w.format() == Format::Int8
+        && x.zeros().is_none()
+        && w.zeros().is_none()
+        && x.granularity() != Granularity::Column;
+    if !integers {
+        let decoded = dequantize(client, x, DType::F32)?;
+        return weight_only_matmul(client, &decoded, w, bias, dtype);
+    }
+    let [rows, columns] = x.matrix();
+    expect_shape("w", w.shape(), [w.shape()[0], columns])?;
+    let out = empty_out(client, x.shape(), w, bias, dtype)?;
+    let product = Product {
+        w,
+        bias,
+        size: [rows, w.shape()[0], columns],
+        out: out.buffer_arg(),
+        dtype,
+    };
+    integer::launch(client, x, product)?;
+    Ok(out)
+}
+
+/// `X W^T + b` of activations `x [.., K]` and low-bit weights `w [N, K]`: `[.., N]`, contiguous, in
+/// `dtype`.
+///
+/// Weights are decoded to f32 on the way, products and sums are f32. `bias` is contiguous f32 `[N]`.
+///
+/// # Errors
+/// As for [`quantized_matmul`].
+pub fn weight_only_matmul<const R: usize>(
+    client: &Client,
+    x: &DeviceTensor<R>,
+    w: &QuantizedTensor<2>,
+    bias: Option<&DeviceTensor<1>>,
+    dtype: DType,
+) -> Result<DeviceTensor<R>, ProblemError> {
+    expect_activations(client, "x", x)?;
+    let [rows, columns] = matrix_shape(x.shape());
+    expect_shape("w", w.shape(), [w.shape()[0], columns])?;
+    let view = flattened("x", x)?;
+    let out = empty_out(client, x.shape(), w, bias, dtype)?;
+    let product = Product {
+        w,
+        bias,
+        size: [rows, w.shape()[0], columns],
+        out: out.buffer_arg(),
+        dtype,
+    };
+    if rows <= rows::MAX_ROWS {
+        rows::launch(client, &view, product)?;
+    } else {
+        decoded::launch(client, &view, product, false)?;
+    }
+    Ok(out)
+}
+
+/// [`quantized_matmul`] of activations that are quantized first, to the format of `w`: with a scale a
+/// row, or a scale for each 128 of a row where `w` has scales of blocks.
+///
+/// # Errors
+/// As for [`quantized_matmul`]; and weights of blocks with a K that 128 does not divide.
+pub fn dynamic_matmul<const R: usize>(
+    client: &Client,
+    x: &DeviceTensor<R>,
+    w: &QuantizedTensor<2>,
+    bias: Option<&DeviceTensor<1>>,
+    dtype: DType,
+) -> Result<DeviceTensor<R>, ProblemError> {
+    let granularity = match w.granularity() {
+        Granularity::Block => Granularity::Group(128),
+        _ => Granularity::Row,
+    };
+    let x = quantize(client, x, w.format(), granularity, false)?;
+    quantized_matmul(client, &x, w, bias, dtype)
+}
+
+/// The gradient of these products with respect to `X`: `dX = dY W [.., K]`, from `dy [.., N]`, in
+/// `dy`'s type.
+///
+/// Where the activations were quantized, this is the straight-through gradient.
+///
+/// # Errors
+/// As for [`weight_only_matmul`].
+pub fn quantized_matmul_backward<const R: usize>(
+    client: &Client,
+    dy: &DeviceTensor<R>,
+    w: &QuantizedTensor<2>,
+) -> Result<DeviceTensor<R>, ProblemError> {
+    expect_activations(client, "dy", dy)?;
+    let [rows, columns] = matrix_shape(dy.shape());
+    let [outputs, inputs] = w.shape();
+    let mut expected = dy.shape();
+    expected[R - 1] = outputs;
+    expect_shape("dy", dy.shape(), expected)?;
+    expect_weights(w)?;
+    let view = flattened("dy", dy)?;
+    let mut shape = dy.shape();
+    shape[R - 1] = inputs;
+    expect_buffer(client.properties(), "dx", rows * inputs * dy.dtype().size())?;
+    let out = DeviceTensor::empty(client, shape, dy.dtype());
+    let product = Product {
+        w,
+        bias: None,
+        size: [rows, inputs, columns],
+        out: out.buffer_arg(),
+        dtype: dy.dtype(),
+    };
+    decoded::launch(client, &view, product, true)?;
+    Ok(out)
+}
+
+fn expect_activations<const R: usize>(
+    client: &Client,
+    argument: &'static str,
+    x: &DeviceTensor<R>,
+) -> Result<(), ProblemError> {
+    if x.is_empty() {
+        return Err(ProblemError::ZeroSize {
+            argument,
+            shape: x.shape().to_vec(),
+        });
+    }
+    expect_dtype(client.properties(), x.dtype())
+}
+
+fn expect_weights(w: &QuantizedTensor<2>) -> Result<(), ProblemError> {
+    match w.granularity() {
+        Granularity::Column => Err(ProblemError::NotSupported {
+            what: "a product with weights that have a scale per column".into(),
+            why: "columns are what is summed over: quantize by row, group or block",
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The result of activations of `shape`, after the checks that all products share.
+fn empty_out<const R: usize>(
+    client: &Client,
+    shape: [usize; R],
+    w: &QuantizedTensor<2>,
+    bias: Option<&DeviceTensor<1>>,
+    dtype: DType,
+) -> Result<DeviceTensor<R>, ProblemError> {
+    let device = client.properties();
+    expect_dtype(device, dtype)?;
+    expect_weights(w)?;
+    let outputs = w.shape()[0];
+    if let Some(bias) = bias {
+        expect_f32("bias", bias, [outputs])?;
+    }
+    let mut out_shape = shape;
+    out_shape[R - 1] = outputs;
+    let bytes = out_shape.iter().product::<usize>() * dtype.size();
+    expect_buffer(device, "the product", bytes)?;
+    Ok(DeviceTensor::empty(client, out_shape, dtype))
+}
