@@ -1,0 +1,418 @@
+//! `dK` and `dV` on Hopper: 64 keys of a block walk the query blocks that selected it.
+//!
+//! Keys and values lie still in shared memory; queries and output gradients come through a ring, with
+//! their rows' statistics. Each warpgroup takes 64 rows of every query block, and the second's sums
+//! are added to the first's at the end.
+
+use cubecl::prelude::*;
+use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
+use cubesla_kernels::block_list::InverseListView;
+
+use crate::forward::config::{Place, tile_bytes};
+use crate::forward::epilogue::stage_group;
+use crate::forward::producer::Source;
+use crate::ptx::wgmma::Products;
+use crate::ptx::{backward, barrier, math, tma, wgmma};
+
+/// What the kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct KeyConfig {
+    /// D, and Dv.
+    pub dim: usize,
+    pub bf16: bool,
+    /// Warpgroups that compute: a query block has 64 rows for each.
+    pub consumers: usize,
+    pub block_k: usize,
+    pub stages: usize,
+}
+
+impl KeyConfig {
+    pub fn rows(&self) -> usize {
+        64 * self.consumers
+    }
+
+    pub fn units(&self) -> usize {
+        128 * (self.consumers + 1)
+    }
+
+    fn consumer_units(&self) -> u32 {
+        128 * self.consumers as u32
+    }
+
+    /// As for the forward; both accumulators are the consumers'.
+    fn registers(&self) -> Option<(u32, u32)> {
+        (self.consumers == 2 && self.dim > 64).then_some((24, 240))
+    }
+
+    fn products(&self) -> Products {
+        let dim = self.dim.next_multiple_of(16);
+        Products {
+            head_dim: dim,
+            value_dim: dim,
+            keys: 64,
+            bf16: self.bf16,
+        }
+    }
+
+    fn key_bytes(&self) -> usize {
+        tile_bytes(64, self.dim)
+    }
+
+    fn query_bytes(&self) -> usize {
+        tile_bytes(self.rows(), self.dim)
+    }
+}
+
+/// Scalar arguments.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct KeyScalars {
+    pub heads: u32,
+    /// Query heads to a key head.
+    pub group: u32,
+    pub query_len: u32,
+    pub scale: f32,
+}
+
+/// Shared addresses.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Memory {
+    keys: u32,
+    values: u32,
+    /// Stages of queries, then output gradients.
+    ring: u32,
+    barriers: u32,
+}
+
+#[cube]
+impl Memory {
+    fn owned_full(&self) -> u32 {
+        self.barriers
+    }
+
+    fn full(&self, stage: u32) -> u32 {
+        self.barriers + 16 + stage * 16
+    }
+
+    fn empty(&self, stage: u32) -> u32 {
+        self.full(stage) + 8
+    }
+}
+
+/// Grid: x = 64 keys, y = key head, z = batch.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(crate) fn key_gradients_wgmma<F: Float>(
+    q: &TensorMap<F, Tiled>,        // [B, Hq, Lq, D]
+    k: &TensorMap<F, Tiled>,        // [B, Hkv, Lk, D]
+    v: &TensorMap<F, Tiled>,        // [B, Hkv, Lk, D]
+    grad_out: &TensorMap<F, Tiled>, // [B, Hq, Lq, D]
+    dk: &TensorMap<F, Tiled>,       // [B, Hkv, Lk, D]
+    dv: &TensorMap<F, Tiled>,       // [B, Hkv, Lk, D]
+    inverse: &InverseListView,
+    lse: &[f32],   // [B, Hq, Lq]
+    delta: &[f32], // [B, Hq, Lq]
+    scalars: KeyScalars,
+    #[comptime] config: KeyConfig,
+    #[define(F)] _dtype: ElemType,
+) {
+    let stages = config.stages;
+    let rows = comptime!(config.rows());
+    let products = comptime!(config.products());
+    let keys = Shared::<[u32]>::new_aligned_slice(comptime!(config.key_bytes() / 4), 1024usize);
+    let values = Shared::<[u32]>::new_aligned_slice(comptime!(config.key_bytes() / 4), 1024usize);
+    let mut ring = Shared::<[f32]>::new_aligned_slice(
+        comptime!(stages * 2 * config.query_bytes() / 4),
+        1024usize,
+    );
+    // Base-2 log-sum-exp and delta of each row of a stage.
+    let mut statistics = Shared::<[f32]>::new_aligned_slice(comptime!(stages * 2 * rows), 16usize);
+    let barriers = Shared::<[u64]>::new_aligned_slice(comptime!(2 + 2 * stages), 16usize);
+    let memory = Memory {
+        keys: generic_to_shared::<u32>(keys.as_ptr()),
+        values: generic_to_shared::<u32>(values.as_ptr()),
+        ring: generic_to_shared::<f32>(ring.as_ptr()),
+        barriers: generic_to_shared::<u64>(barriers.as_ptr()),
+    };
+    wgmma::declare_registers(products);
+    backward::declare(products, true);
+    let consumers = comptime!(config.consumers as u32);
+    if UNIT_POS == 0 {
+        barrier::init(memory.owned_full(), 1);
+        #[unroll]
+        for stage in 0..comptime!(stages as u32) {
+            // The bulk copies' arrival, and a warp's that writes statistics.
+            barrier::init(memory.full(stage), 2);
+            barrier::init(memory.empty(stage), consumers);
+        }
+        barrier::fence_init();
+    }
+    sync_cube();
+
+    let first_key = CUBE_POS_X * 64;
+    let key_block = first_key / comptime!(config.block_k as u32);
+    let first_head = CUBE_POS_Z * scalars.heads + CUBE_POS_Y * scalars.group;
+    if UNIT_POS >= consumers * 128 {
+        if comptime!(config.registers().is_some()) {
+            wgmma::shrink_registers(comptime!(config.registers().unwrap().0));
+        }
+        let warp = UNIT_POS / 32 - consumers * 4;
+        let mut place = Place::first(stages);
+        if UNIT_POS == consumers * 128 {
+            let source = Source {
+                head: CUBE_POS_Y,
+                batch: CUBE_POS_Z,
+            };
+            let full = memory.owned_full();
+            barrier::arrive_expect(full, comptime!(2 * config.key_bytes() as u32));
+            source.load(
+                memory.keys,
+                tensor_map_address(k),
+                full,
+                first_key,
+                64usize,
+                config.dim,
+            );
+            source.load(
+                memory.values,
+                tensor_map_address(v),
+                full,
+                first_key,
+                64usize,
+                config.dim,
+            );
+        }
+        if warp < 2 {
+            let q = tensor_map_address(q);
+            let grad_out = tensor_map_address(grad_out);
+            let bytes = comptime!(config.query_bytes() as u32);
+            for member in 0..scalars.group {
+                let head_index = first_head + member;
+                let row = inverse.row(head_index, key_block);
+                let source = Source {
+                    head: CUBE_POS_Y * scalars.group + member,
+                    batch: CUBE_POS_Z,
+                };
+                for at in 0..row.count {
+                    let first = inverse.query_block(row, at) * comptime!(rows as u32);
+                    let full = memory.full(place.stage);
+                    barrier::wait(memory.empty(place.stage), place.parity ^ 1);
+                    if warp == 1 {
+                        let start = head_index as usize * scalars.query_len as usize;
+                        #[unroll]
+                        for step in 0..comptime!(rows / 32) {
+                            let own = comptime!(step as u32 * 32) + UNIT_POS_PLANE;
+                            let query = first + own;
+                            // A row that does not exist has zero queries and gradients.
+                            let mut row_lse = f32::new(0.0);
+                            let mut row_delta = f32::new(0.0);
+                            if query < scalars.query_len {
+                                row_lse = lse[start + query as usize] * std::f32::consts::LOG2_E;
+                                row_delta = delta[start + query as usize];
+                            }
+                            let to = (place.stage * comptime!(2 * rows as u32) + 2 * own) as usize;
+                            statistics[to] = row_lse;
+                            statistics[to + 1] = row_delta;
+                        }
+                        sync_plane();
+                        if UNIT_POS_PLANE == 0 {
+                            barrier::arrive(full);
+                        }
+                    } else if UNIT_POS_PLANE == 0 {
+                        barrier::arrive_expect(full, 2 * bytes);
+                        let to = memory.ring + place.stage * 2 * bytes;
+                        source.load(to, q, full, first, rows, config.dim);
+                        source.load(to + bytes, grad_out, full, first, rows, config.dim);
+                    }
+                    place.advance();
+                }
+            }
+        }
+    } else {
+        if comptime!(config.registers().is_some()) {
+            wgmma::grow_registers(comptime!(config.registers().unwrap().1));
+        }
+        let mut tiles = 0u32;
+        for member in 0..scalars.group {
+            tiles += inverse.row(first_head + member, key_block).count;
+        }
+        wgmma::clear_accumulator(products);
+        backward::clear_key_gradient(products);
+        barrier::wait(memory.owned_full(), 0);
+        let mut place = Place::first(stages);
+        for t in 0..tiles {
+            add_tile(&mut place, t, &statistics, memory, scalars.scale, config);
+        }
+        wgmma::wait(0u32);
+        // Every product is done, and nothing is loaded any more: the ring and the keys are free.
+        barrier::sync_named(1, comptime!(config.consumer_units()));
+        if comptime!(config.consumers == 2) {
+            share_sums(&mut ring, config);
+        }
+        if UNIT_POS < 128 {
+            stage_sums(&ring, memory, scalars.scale, config);
+            tma::fence_writes();
+            barrier::sync_named(2, 128u32);
+            if UNIT_POS == 0 {
+                store(tensor_map_address(dk), memory.keys, first_key, config);
+                store(tensor_map_address(dv), memory.values, first_key, config);
+                tma::commit_stores();
+                tma::wait_stores_read();
+            }
+        }
+    }
+}
+
+/// Adds what 64 rows of a query block contribute. The products with the tile before it are in flight
+/// meanwhile.
+#[cube]
+fn add_tile(
+    place: &mut Place,
+    t: u32,
+    statistics: &Shared<[f32]>,
+    memory: Memory,
+    scale: f32,
+    #[comptime] config: KeyConfig,
+) {
+    let products = comptime!(config.products());
+    let format = comptime!(products.format());
+    let rows = comptime!(config.rows());
+    let bytes = comptime!(config.query_bytes() as u32);
+    let warpgroup = UNIT_POS / 128;
+    let queries = memory.ring + place.stage * 2 * bytes + warpgroup * comptime!(64 * 128u32);
+    let grads = queries + bytes;
+    barrier::wait(memory.full(place.stage), place.parity);
+    wgmma::fence();
+    let keys = wgmma::descriptor(memory.keys);
+    backward::key_scores(keys, wgmma::descriptor(queries), rows, products);
+    wgmma::commit();
+    let values = wgmma::descriptor(memory.values);
+    backward::key_probability_gradients(values, wgmma::descriptor(grads), rows, products);
+    wgmma::commit();
+    wgmma::wait(1u32);
+    // The products of the tile before are done too.
+    if t > 0 {
+        let stages = comptime!(config.stages as u32);
+        if UNIT_POS % 128 == 0 {
+            barrier::arrive(memory.empty((place.stage + stages - 1) % stages));
+        }
+    }
+    let scale_log2 = scale * std::f32::consts::LOG2_E;
+    let first = place.stage * comptime!(2 * rows as u32) + 2 * (warpgroup * 64 + UNIT_POS % 4 * 2);
+    // Word 4 s + 2 h + k: two neighbouring queries of half h of step s, of the unit's key k.
+    let mut weights = Array::<u32>::new(16usize);
+    #[unroll]
+    for step in 0..4usize {
+        let scores = wgmma::read_score_step(step);
+        #[unroll]
+        for half in 0..2usize {
+            let at = first as usize + comptime!(2 * (16 * step + 8 * half));
+            let (lse0, lse1) = (statistics[at], statistics[at + 2]);
+            #[unroll]
+            for key in 0..2usize {
+                let e = comptime!(4 * half + 2 * key);
+                let p0 = math::exp2(fma(scores.extract(e), scale_log2, -lse0));
+                let p1 = math::exp2(fma(scores.extract(comptime!(e + 1)), scale_log2, -lse1));
+                weights[comptime!(4 * step + 2 * half + key)] = math::pack(p0, p1, format);
+            }
+        }
+    }
+    wgmma::wait(0u32);
+    #[unroll]
+    for step in 0..4usize {
+        let gradients = backward::read_gradient_step(step);
+        let mut words = Vector::<u32, Const<4>>::empty();
+        let mut grads = Vector::<u32, Const<4>>::empty();
+        #[unroll]
+        for half in 0..2usize {
+            let at = first as usize + comptime!(2 * (16 * step + 8 * half));
+            let (delta0, delta1) = (statistics[at + 1], statistics[at + 3]);
+            #[unroll]
+            for key in 0..2usize {
+                let e = comptime!(4 * half + 2 * key);
+                let word = weights[comptime!(4 * step + 2 * half + key)];
+                // The rounded weights, which hold half the registers.
+                let p = math::unpack(word, format);
+                let d0 = p.extract(0usize) * (gradients.extract(e) - delta0);
+                let d1 = p.extract(1usize) * (gradients.extract(comptime!(e + 1)) - delta1);
+                words.insert(comptime!(2 * half + key), word);
+                grads.insert(comptime!(2 * half + key), math::pack(d0, d1, format));
+            }
+        }
+        wgmma::write_probability_step(words, step);
+        backward::write_score_gradient_step(grads, step);
+    }
+    wgmma::fence();
+    wgmma::accumulate(wgmma::descriptor_transposed(grads, rows), products);
+    backward::accumulate_key_gradient(wgmma::descriptor_transposed(queries, rows), products);
+    wgmma::commit();
+    place.advance();
+}
+
+/// The second warpgroup's sums, in shared memory for the first.
+#[cube]
+fn share_sums(ring: &mut Shared<[f32]>, #[comptime] config: KeyConfig) {
+    let groups = comptime!(config.products().head_dim / 16);
+    if UNIT_POS >= 128 {
+        #[unroll]
+        for group in 0..groups {
+            let dv = wgmma::read_accumulator(group);
+            let dk = backward::read_key_gradient(group);
+            #[unroll]
+            for i in 0..8usize {
+                let at = comptime!((8 * group + i) * 128) + UNIT_POS as usize - 128;
+                ring[at] = dv.extract(i);
+                ring[at + comptime!(8 * groups * 128)] = dk.extract(i);
+            }
+        }
+    }
+    barrier::sync_named(1, comptime!(config.consumer_units()));
+}
+
+/// Writes the sums of all warpgroups, scaled and rounded, over the keys and values.
+#[cube]
+fn stage_sums(ring: &Shared<[f32]>, memory: Memory, scale: f32, #[comptime] config: KeyConfig) {
+    let format = comptime!(config.products().format());
+    let groups = comptime!(config.products().head_dim / 16);
+    #[unroll]
+    for group in 0..groups {
+        let dv = wgmma::read_accumulator(group);
+        let dk = backward::read_key_gradient(group);
+        let mut dv_words = Vector::<u32, Const<4>>::empty();
+        let mut dk_words = Vector::<u32, Const<4>>::empty();
+        #[unroll]
+        for i in 0..4usize {
+            let (a, b) = comptime!((2 * i, 2 * i + 1));
+            let mut v0 = dv.extract(a);
+            let mut v1 = dv.extract(b);
+            let mut k0 = dk.extract(a);
+            let mut k1 = dk.extract(b);
+            if comptime!(config.consumers == 2) {
+                let at = comptime!((8 * group + 2 * i) * 128) + UNIT_POS as usize;
+                v0 += ring[at];
+                v1 += ring[at + 128];
+                k0 += ring[at + comptime!(8 * groups * 128)];
+                k1 += ring[at + comptime!((8 * groups + 1) * 128)];
+            }
+            dv_words.insert(i, math::pack(v0, v1, format));
+            dk_words.insert(i, math::pack(k0 * scale, k1 * scale, format));
+        }
+        stage_group(memory.values, dv_words, group);
+        stage_group(memory.keys, dk_words, group);
+    }
+}
+
+#[cube]
+fn store(map: u64, from: u32, first_key: u32, #[comptime] config: KeyConfig) {
+    #[unroll]
+    for box_index in 0..comptime!(config.dim.div_ceil(64)) {
+        tma::store(
+            from + comptime!(box_index as u32 * 64 * 128),
+            map,
+            comptime!(box_index as u32 * 64),
+            first_key,
+            CUBE_POS_Y,
+            CUBE_POS_Z,
+        );
+    }
+}

@@ -1,0 +1,127 @@
+//! What happens to an item's rows when its keys are done.
+
+use cubecl::prelude::*;
+
+use super::config::Memory;
+use super::kernel::{ForwardConfig, ForwardScalars, Item};
+use super::softmax::{Row, RowPair, quad_sum};
+use crate::ptx::{barrier, math, tma, wgmma};
+
+/// Normalises the accumulator, and stores it and the log-sum-exp.
+#[cube]
+pub(crate) fn store(
+    out: u64,
+    lse: &mut [f32],
+    memory: Memory,
+    item: Item,
+    rows: &RowPair,
+    scalars: ForwardScalars,
+    #[comptime] config: ForwardConfig,
+) {
+    let upper_sum = quad_sum(rows.upper.sum);
+    let lower_sum = quad_sum(rows.lower.sum);
+    let staging = begin_staging(memory, config);
+    stage_accumulator(staging, inverse(upper_sum), inverse(lower_sum), config);
+    store_staged(out, staging, item, config);
+    store_lse(lse, item, rows, upper_sum, lower_sum, scalars);
+}
+
+/// The warpgroup's staging tile, free to be written.
+#[cube]
+pub(crate) fn begin_staging(memory: Memory, #[comptime] config: ForwardConfig) -> u32 {
+    let warpgroup = UNIT_POS / 128;
+    if UNIT_POS % 128 == 0 {
+        tma::wait_stores_read();
+    }
+    // Named barrier 0 is the whole cube's.
+    barrier::sync_named(warpgroup + 1, 128u32);
+    memory.out + warpgroup * comptime!(config.tile.out_bytes() as u32)
+}
+
+/// Stores the staging tile with bulk copies that run on while the warpgroup turns to other things.
+#[cube]
+pub(crate) fn store_staged(out: u64, staging: u32, item: Item, #[comptime] config: ForwardConfig) {
+    let warpgroup = UNIT_POS / 128;
+    tma::fence_writes();
+    barrier::sync_named(warpgroup + 1, 128u32);
+    if UNIT_POS % 128 == 0 {
+        #[unroll]
+        for box_index in 0..comptime!(config.tile.value_dim.div_ceil(64)) {
+            tma::store(
+                staging + comptime!(box_index as u32 * 64 * 128),
+                out,
+                comptime!(box_index as u32 * 64),
+                item.first_query + warpgroup * 64,
+                item.head,
+                item.batch,
+            );
+        }
+        tma::commit_stores();
+    }
+}
+
+/// Stores the log-sum-exp of the unit's rows.
+#[cube]
+pub(crate) fn store_lse(
+    lse: &mut [f32],
+    item: Item,
+    rows: &RowPair,
+    upper_sum: f32,
+    lower_sum: f32,
+    scalars: ForwardScalars,
+) {
+    if UNIT_POS % 4 == 0 {
+        let head_index = (item.batch * scalars.heads + item.head) as usize;
+        let first = head_index * scalars.query_len as usize;
+        store_row_lse(lse, first, &rows.upper, upper_sum, scalars);
+        store_row_lse(lse, first, &rows.lower, lower_sum, scalars);
+    }
+}
+
+/// `ln(sum) + max`, which is `-inf` for a row that saw no key.
+#[cube]
+fn store_row_lse(lse: &mut [f32], first: usize, row: &Row, sum: f32, scalars: ForwardScalars) {
+    if row.query < scalars.query_len {
+        lse[first + row.query as usize] = row.max * scalars.scale + sum.ln();
+    }
+}
+
+/// 0 for a row that saw no key; NaN stays NaN.
+#[cube]
+pub(crate) fn inverse(sum: f32) -> f32 {
+    select(sum == 0.0, 0.0f32, 1.0 / sum)
+}
+
+/// Writes the accumulator, scaled and rounded, to the warpgroup's staging tile.
+#[cube]
+pub(crate) fn stage_accumulator(
+    to: u32,
+    upper: f32,
+    lower: f32,
+    #[comptime] config: ForwardConfig,
+) {
+    let products = comptime!(config.tile.products());
+    #[unroll]
+    for group in 0..comptime!(products.value_dim / 16) {
+        let values = wgmma::read_accumulator(group);
+        let mut words = Vector::<u32, Const<4>>::empty();
+        #[unroll]
+        for i in 0..4usize {
+            let factor = if comptime!(i % 2 == 0) { upper } else { lower };
+            let low = values.extract(comptime!(2 * i)) * factor;
+            let high = values.extract(comptime!(2 * i + 1)) * factor;
+            words.insert(i, math::pack(low, high, comptime!(products.format())));
+        }
+        stage_group(to, words, group);
+    }
+}
+
+/// Writes columns `16 group..16 group + 16` of the unit's rows to the staging tile.
+#[cube]
+pub(crate) fn stage_group(to: u32, words: Vector<u32, Const<4>>, #[comptime] group: usize) {
+    let lane = UNIT_POS_PLANE;
+    let row = UNIT_POS % 128 / 32 * 16 + lane % 16;
+    let chunk = comptime!((group % 4 * 2) as u32) + lane / 16;
+    let box_start = comptime!((group / 4 * 64 * 128) as u32);
+    math::store_matrices(to + box_start + row * 128 + (chunk ^ (row % 8)) * 16, words);
+}

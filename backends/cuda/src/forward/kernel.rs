@@ -1,0 +1,138 @@
+//! The Hopper forward: a producer that loads, and warpgroups that compute.
+//!
+//! Its loop is not the shared one of `cubesla_kernels::attention`: there a tile is finished before
+//! the next begins, here the softmax of a tile runs while the tensor cores multiply the tile before
+//! it, which is where the speed is.
+
+use cubecl::prelude::*;
+use cubesla_kernels::block_list::{BlockListView, KeyWalk};
+
+use super::config::{Memory, WgmmaTile};
+use super::consumer::consume;
+use super::producer::produce;
+use crate::ptx::{barrier, wgmma};
+
+/// What the kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ForwardConfig {
+    pub tile: WgmmaTile,
+    pub block_k: usize,
+    pub causal: bool,
+}
+
+/// Scalar arguments.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct ForwardScalars {
+    /// Query blocks of all heads.
+    pub items: u32,
+    pub heads: u32,
+    /// Query heads to a key head.
+    pub group: u32,
+    pub query_len: u32,
+    pub key_len: u32,
+    pub scale: f32,
+    pub causal_shift: i32,
+}
+
+/// Block-sparse attention. Each cube takes every `CUBE_COUNT`-th query block; neighbouring cubes
+/// work on neighbouring blocks of the same head, whose keys and values then stay in the L2 cache.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(crate) fn block_sparse_forward_wgmma<F: Float>(
+    q: &TensorMap<F, Tiled>,   // [B, Hq, Lq, D]
+    k: &TensorMap<F, Tiled>,   // [B, Hkv, Lk, D]
+    v: &TensorMap<F, Tiled>,   // [B, Hkv, Lk, Dv]
+    out: &TensorMap<F, Tiled>, // [B, Hq, Lq, Dv]
+    list: &BlockListView,      // [B, Hq, M, N]
+    lse: &mut [f32],           // [B, Hq, Lq]
+    scalars: ForwardScalars,
+    #[comptime] config: ForwardConfig,
+    #[define(F)] _dtype: ElemType,
+) {
+    let tile = comptime!(config.tile);
+    let memory = Memory::new(tile);
+    wgmma::declare_registers(tile.products());
+
+    let consumers = comptime!(tile.consumers as u32);
+    if UNIT_POS == 0 {
+        init_barriers(memory, tile);
+        barrier::fence_init();
+    }
+    sync_cube();
+
+    if UNIT_POS >= consumers * 128 {
+        if comptime!(tile.registers().is_some()) {
+            wgmma::shrink_registers(comptime!(tile.registers().unwrap().0));
+        }
+        if UNIT_POS == consumers * 128 {
+            produce::<F>(q, k, v, list, memory, scalars, config);
+        }
+    } else {
+        if comptime!(tile.registers().is_some()) {
+            wgmma::grow_registers(comptime!(tile.registers().unwrap().1));
+        }
+        consume::<F>(out, list, lse, memory, scalars, config);
+    }
+}
+
+/// Initialises the barriers of queries and stages.
+#[cube]
+pub(crate) fn init_barriers(memory: Memory, #[comptime] tile: WgmmaTile) {
+    let consumers = comptime!(tile.consumers as u32);
+    barrier::init(memory.query_full(), 1);
+    barrier::init(memory.query_empty(), consumers * 4);
+    #[unroll]
+    for stage in 0..comptime!(tile.stages as u32) {
+        barrier::init(memory.key_full(stage), 1);
+        barrier::init(memory.key_empty(stage), consumers);
+        barrier::init(memory.value_full(stage), 1);
+        barrier::init(memory.value_empty(stage), consumers);
+    }
+}
+
+/// One query block of one head.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Item {
+    pub batch: u32,
+    pub head: u32,
+    pub first_query: u32,
+    pub walk: KeyWalk,
+    pub tiles: u32,
+}
+
+#[cube]
+impl Item {
+    /// The `index`-th of all.
+    pub fn new(
+        list: &BlockListView,
+        index: u32,
+        scalars: ForwardScalars,
+        #[comptime] config: ForwardConfig,
+    ) -> Item {
+        let rows = comptime!(config.tile.rows() as u32);
+        let query_block = index % list.query_blocks;
+        let head_index = index / list.query_blocks;
+        let first_query = query_block * rows;
+        let mut row = list.row(head_index, query_block);
+        if config.causal {
+            let end_query = min(first_query + rows, scalars.query_len);
+            let visible_keys = max(end_query as i32 + scalars.causal_shift, 0) as u32;
+            let visible_blocks = visible_keys.div_ceil(comptime!(config.block_k as u32));
+            row.count = list.count_below(row, visible_blocks);
+        }
+        let walk = KeyWalk {
+            row,
+            key_len: scalars.key_len,
+            block_k: config.block_k,
+            cols: config.tile.keys,
+        };
+        Item {
+            batch: head_index / scalars.heads,
+            head: head_index % scalars.heads,
+            first_query,
+            walk,
+            tiles: walk.tiles(),
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Block-sparse attention on Hopper: `wgmma`, bulk tensor copies, a producer and consumers.
+//!
+//! Supported: f16 and bf16; D and Dv up to 128; query blocks of 64 or 128 rows; any key blocks;
+//! grouped heads; any lengths; rows with no block; both causal alignments; a positive scale; inputs
+//! whose rows are contiguous and 16-byte aligned.
+//! Rejected by [`WgmmaPlan::new`], with the reason; the portable engines take those problems.
+//!
+//! What it does, and why:
+//! - A producer unit loads tiles with bulk copies into a ring; two warpgroups do nothing but compute.
+//! - Queries stay in registers, which halves what `wgmma` reads from shared memory: with keys of 64
+//!   that is the difference between bound by shared memory and not.
+//! - The product with the values of one tile overlaps the softmax of the next.
+//! - The running maximum is replaced only when it must be, so the accumulator is seldom rescaled.
+//! - Cubes stay and take one query block after another: the producer loads the next block's queries
+//!   and keys while the last block is being finished and stored.
+//! - Registers move from the producer's warpgroup to the others (`setmaxnreg`).
+
+pub(crate) mod config;
+pub(crate) mod consumer;
+pub(crate) mod epilogue;
+pub(crate) mod kernel;
+pub(crate) mod producer;
+pub(crate) mod softmax;
+
+pub use config::WgmmaTile;
+
+use std::fmt;
+
+use cubecl::ir::DeviceProperties;
+use cubecl::prelude::*;
+use cubesla_kernels::attention::{ForwardInputs, ForwardOutputs};
+use cubesla_kernels::{AttentionProblem, Causal, DType, DeviceTensor};
+use kernel::{ForwardConfig, ForwardScalarsLaunch, block_sparse_forward_wgmma};
+
+use crate::hopper::{expect_hopper, multiprocessors};
+
+/// How the Hopper forward is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WgmmaPlan {
+    /// Sizes of the kernel.
+    pub tile: WgmmaTile,
+    /// Cubes, one to a multiprocessor.
+    pub cubes: usize,
+}
+
+impl WgmmaPlan {
+    /// The plan for `problem`.
+    ///
+    /// # Errors
+    /// Why the problem is not one for this kernel, in a few words.
+    pub fn new(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+    ) -> Result<Self, &'static str> {
+        let (head_dim, value_dim) = (problem.head_dim(), problem.value_dim());
+        expect_hopper(problem, device)?;
+        if head_dim > 128 || value_dim > 128 {
+            return Err("accumulators of more than 128 columns do not fit the registers");
+        }
+        if !matches!(problem.block_q(), 64 | 128) {
+            return Err("a warpgroup computes 64 rows of one query block");
+        }
+        if problem.scale() <= 0.0 {
+            return Err("the maximum is taken before scaling, which needs a positive scale");
+        }
+        let tile = WgmmaTile {
+            head_dim,
+            value_dim,
+            bf16: problem.dtype() == DType::BF16,
+            consumers: problem.block_q() / 64,
+            keys: tile_keys(problem.block_k()),
+            stages: 4,
+        };
+        let items = problem.batch() * problem.query_heads() * problem.query_blocks();
+        Ok(Self {
+            tile,
+            cubes: items.min(multiprocessors(device)),
+        })
+    }
+}
+
+impl fmt::Display for WgmmaPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let tile = self.tile;
+        let (rows, keys, stages) = (tile.rows(), tile.keys, tile.stages);
+        write!(
+            f,
+            "wgmma {rows}x{keys}, {stages} stages, {} cubes",
+            self.cubes
+        )
+    }
+}
+
+/// The widest tile of 64, 32 or 16 keys that divides a block: `wgmma` contracts 16 keys at a time,
+/// and register groups must be powers of two.
+pub(crate) fn tile_keys(block_k: usize) -> usize {
+    [64, 32]
+        .into_iter()
+        .find(|keys| block_k.is_multiple_of(*keys))
+        .unwrap_or(16)
+}
+
+/// Runs block-sparse attention as `plan` says. The caller has checked lists and outputs against
+/// `problem`.
+pub fn launch_forward_wgmma(
+    client: &Client,
+    problem: &AttentionProblem,
+    plan: &WgmmaPlan,
+    inputs: ForwardInputs<'_>,
+    outputs: ForwardOutputs<'_>,
+) {
+    let items = problem.batch() * problem.query_heads() * problem.query_blocks();
+    let tile = plan.tile;
+    // SAFETY: bulk copies stay inside the tensors by themselves; lists hold valid key blocks; the
+    // log-sum-exp is written for rows below `query_len` only.
+    unsafe {
+        block_sparse_forward_wgmma::launch_unchecked(
+            client,
+            CubeCount::Static(plan.cubes as u32, 1, 1),
+            CubeDim::new_1d(tile.units() as u32),
+            AddressType::U32,
+            tensor_map(inputs.q, tile.rows()),
+            tensor_map(inputs.k, tile.keys),
+            tensor_map(inputs.v, tile.keys),
+            tensor_map(outputs.out, 64),
+            inputs.list.launch_arg(),
+            outputs.lse.buffer_arg(),
+            ForwardScalarsLaunch::new(
+                items as u32,
+                problem.query_heads() as u32,
+                (problem.query_heads() / problem.kv_heads()) as u32,
+                problem.query_len() as u32,
+                problem.key_len() as u32,
+                problem.scale(),
+                problem.causal_shift(),
+            ),
+            ForwardConfig {
+                tile,
+                block_k: problem.block_k(),
+                causal: problem.causal() != Causal::None,
+            },
+            problem.dtype().elem_type(),
+        );
+    }
+}
+
+/// A map of `tensor` in boxes of `rows` rows and 64 columns, swizzled.
+pub(crate) fn tensor_map(tensor: &DeviceTensor<4>, rows: usize) -> TensorMapArg<Tiled> {
+    TensorMapArg::new(
+        TiledArgs {
+            tile_size: [1, 1, rows, 64].into(),
+        },
+        tensor.tensor_arg(),
+        tensor.dtype().elem_type(),
+    )
+    .with_swizzle(TensorMapSwizzle::B128)
+}

@@ -1,0 +1,145 @@
+//! The producer: one unit that keeps the ring of tiles full.
+
+use cubecl::prelude::*;
+use cubecl_cpp::cuda::ptx::tensor_map_address;
+use cubesla_kernels::block_list::BlockListView;
+
+use super::config::{Memory, Place};
+use super::kernel::{ForwardConfig, ForwardScalars, Item};
+use crate::ptx::{barrier, tma};
+
+/// Loads the queries of each item and the keys and values of each tile as soon as there is room, so
+/// that it runs ahead into the next item while the consumers finish this one.
+#[cube]
+pub(crate) fn produce<F: Float>(
+    q: &TensorMap<F, Tiled>,
+    k: &TensorMap<F, Tiled>,
+    v: &TensorMap<F, Tiled>,
+    list: &BlockListView,
+    memory: Memory,
+    scalars: ForwardScalars,
+    #[comptime] config: ForwardConfig,
+) {
+    let mut producer = Producer::new(q, k, v, config);
+    let mut index = CUBE_POS_X;
+    while index < scalars.items {
+        let item = Item::new(list, index, scalars, config);
+        producer.load_queries(item, memory);
+        producer.load_tiles(list, item, memory, scalars);
+        index += CUBE_COUNT_X;
+    }
+}
+
+/// Where the producer stands, and the tensors it loads from.
+#[derive(CubeType)]
+pub(crate) struct Producer {
+    q: u64,
+    k: u64,
+    v: u64,
+    place: Place,
+    query_parity: u32,
+    #[cube(comptime)]
+    config: ForwardConfig,
+}
+
+#[cube]
+impl Producer {
+    pub fn new<F: Float>(
+        q: &TensorMap<F, Tiled>,
+        k: &TensorMap<F, Tiled>,
+        v: &TensorMap<F, Tiled>,
+        #[comptime] config: ForwardConfig,
+    ) -> Producer {
+        Producer {
+            q: tensor_map_address(q),
+            k: tensor_map_address(k),
+            v: tensor_map_address(v),
+            place: Place::first(config.tile.stages),
+            query_parity: 0,
+            config,
+        }
+    }
+
+    /// Loads an item's queries.
+    pub fn load_queries(&mut self, item: Item, memory: Memory) {
+        let tile = comptime!(self.config.tile);
+        let source = Source {
+            head: item.head,
+            batch: item.batch,
+        };
+        // The phase before a barrier's first counts as complete, so the first waits pass.
+        barrier::wait(memory.query_empty(), self.query_parity ^ 1);
+        self.query_parity ^= 1;
+        let full = memory.query_full();
+        barrier::arrive_expect(full, comptime!(tile.query_bytes() as u32));
+        source.load(
+            memory.queries,
+            self.q,
+            full,
+            item.first_query,
+            tile.rows(),
+            tile.head_dim,
+        );
+    }
+
+    /// Loads the keys and values of an item's tiles.
+    pub fn load_tiles(
+        &mut self,
+        list: &BlockListView,
+        item: Item,
+        memory: Memory,
+        scalars: ForwardScalars,
+    ) {
+        let tile = comptime!(self.config.tile);
+        let key_bytes = comptime!(tile.key_bytes() as u32);
+        let value_bytes = comptime!(tile.value_bytes() as u32);
+        let source = Source {
+            head: item.head / scalars.group,
+            batch: item.batch,
+        };
+        for t in 0..item.tiles {
+            let keys = item.walk.tile(list, t);
+            barrier::wait(memory.key_empty(self.place.stage), self.place.parity ^ 1);
+            let full = memory.key_full(self.place.stage);
+            barrier::arrive_expect(full, key_bytes);
+            let to = memory.keys + self.place.stage * key_bytes;
+            source.load(to, self.k, full, keys.first, tile.keys, tile.head_dim);
+
+            barrier::wait(memory.value_empty(self.place.stage), self.place.parity ^ 1);
+            let full = memory.value_full(self.place.stage);
+            barrier::arrive_expect(full, value_bytes);
+            let to = memory.values + self.place.stage * value_bytes;
+            source.load(to, self.v, full, keys.first, tile.keys, tile.value_dim);
+            self.place.advance();
+        }
+    }
+}
+
+/// A head of a tensor.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Source {
+    pub head: u32,
+    pub batch: u32,
+}
+
+#[cube]
+impl Source {
+    /// Begins to load rows `row..row + rows` into the tile at `to`, box after box.
+    pub fn load(
+        &self,
+        to: u32,
+        map: u64,
+        full: u32,
+        row: u32,
+        #[comptime] rows: usize,
+        #[comptime] width: usize,
+    ) {
+        #[unroll]
+        for box_index in 0..comptime!(width.div_ceil(64)) {
+            let column = comptime!(box_index as u32 * 64);
+            let to = to + comptime!((box_index * rows * 128) as u32);
+            tma::load(to, map, full, column, row, self.head, self.batch);
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Online softmax on the registers of a warpgroup, with a maximum that is only replaced when it must
+//! be.
+//!
+//! Any maximum gives the same result, as it cancels; it only has to keep exponentials in range. So
+//! the one in use stays until a score exceeds it by 2^[`SLACK`], and the accumulator is rescaled a
+//! few times a row instead of once a tile. Weights then reach 2^8, which f16 and f32 sums hold.
+
+use cubecl::prelude::*;
+use cubesla_kernels::block_list::KeyTile;
+
+use super::kernel::{ForwardConfig, ForwardScalars};
+use crate::ptx::{math, wgmma};
+
+/// Below every score, above every masked score: see `cubesla_kernels::softmax`.
+const FLOOR: f32 = -1.0e30;
+const MASKED: f32 = -3.0e38;
+
+/// Powers of two by which scores may exceed the maximum in use.
+const SLACK: f32 = 8.0;
+
+/// One row: the maximum in use of its unscaled scores, and the sum of the unit's own weights.
+#[derive(CubeType)]
+pub(crate) struct Row {
+    pub query: u32,
+    pub max: f32,
+    pub sum: f32,
+    /// Factor that brings what was accumulated before the last tile to its maximum.
+    pub correction: f32,
+}
+
+#[cube]
+impl Row {
+    fn new(query: u32) -> Row {
+        Row {
+            query,
+            max: FLOOR,
+            sum: 0.0,
+            correction: 1.0,
+        }
+    }
+
+    /// Takes the unit's largest score of a tile into account.
+    fn raise(&mut self, tile_max: f32, scale_log2: f32) {
+        let tile_max = quad_max(tile_max);
+        let new_max = select(
+            (tile_max - self.max) * scale_log2 > SLACK,
+            tile_max,
+            self.max,
+        );
+        self.correction = math::exp2((self.max - new_max) * scale_log2);
+        self.sum *= self.correction;
+        self.max = new_max;
+    }
+}
+
+/// The two rows that a unit holds, 8 apart.
+#[derive(CubeType)]
+pub(crate) struct RowPair {
+    pub upper: Row,
+    pub lower: Row,
+}
+
+#[cube]
+impl RowPair {
+    /// The unit's rows of the query block that begins at `first_query`.
+    pub fn new(first_query: u32) -> RowPair {
+        let query = first_query + UNIT_POS / 32 * 16 + UNIT_POS % 32 / 4;
+        RowPair {
+            upper: Row::new(query),
+            lower: Row::new(query + 8),
+        }
+    }
+}
+
+/// Turns the scores in registers `sco` into weights `exp(scale S - m)`, packed in pairs, and brings
+/// the rows up to date.
+#[cube]
+pub(crate) fn softmax(
+    rows: &mut RowPair,
+    keys: KeyTile,
+    scalars: ForwardScalars,
+    #[comptime] config: ForwardConfig,
+) -> Array<u32> {
+    let count = comptime!(config.tile.keys / 2);
+    let scale_log2 = scalars.scale * std::f32::consts::LOG2_E;
+    let mut scores = Array::<f32>::new(count);
+    #[unroll]
+    for step in 0..comptime!(count / 8) {
+        let some = wgmma::read_score_step(step);
+        #[unroll]
+        for i in 0..8usize {
+            scores[comptime!(8 * step + i)] = some.extract(i);
+        }
+    }
+    mask(&mut scores, &*rows, keys, scalars, config);
+
+    let mut upper_max = f32::new(FLOOR);
+    let mut lower_max = f32::new(FLOOR);
+    #[unroll]
+    for i in 0..comptime!(count / 4) {
+        #[unroll]
+        for j in 0..2usize {
+            upper_max = max(upper_max, scores[comptime!(4 * i + j)]);
+            lower_max = max(lower_max, scores[comptime!(4 * i + 2 + j)]);
+        }
+    }
+    rows.upper.raise(upper_max, scale_log2);
+    rows.lower.raise(lower_max, scale_log2);
+
+    let upper_shift = rows.upper.max * scale_log2;
+    let lower_shift = rows.lower.max * scale_log2;
+    let mut packed = Array::<u32>::new(comptime!(count / 2));
+    #[unroll]
+    for i in 0..comptime!(count / 2) {
+        let upper = comptime!(i % 2 == 0);
+        let shift = if upper { upper_shift } else { lower_shift };
+        let low = math::exp2(fma(scores[comptime!(2 * i)], scale_log2, -shift));
+        let high = math::exp2(fma(scores[comptime!(2 * i + 1)], scale_log2, -shift));
+        if upper {
+            rows.upper.sum += low + high;
+        } else {
+            rows.lower.sum += low + high;
+        }
+        packed[i] = math::pack(low, high, comptime!(config.tile.products().format()));
+    }
+    packed
+}
+
+/// Pushes scores of keys that do not exist, or lie in the future, below every other. Only tiles at
+/// the end of a block or on the diagonal have such keys.
+#[cube]
+fn mask(
+    scores: &mut Array<f32>,
+    rows: &RowPair,
+    keys: KeyTile,
+    scalars: ForwardScalars,
+    #[comptime] config: ForwardConfig,
+) {
+    let end = keys.first + comptime!(config.tile.keys as u32);
+    let mut partial = keys.end < end;
+    if config.causal {
+        partial = partial || end as i32 > rows.upper.query as i32 + scalars.causal_shift + 1;
+    }
+    if plane_any(partial) {
+        #[unroll]
+        for i in 0..comptime!(config.tile.keys / 2) {
+            let key = keys.first + comptime!((i / 4 * 8 + i % 2) as u32) + UNIT_POS % 4 * 2;
+            let mut visible = key < keys.end;
+            if config.causal {
+                let query = rows.upper.query + comptime!((i / 2 % 2 * 8) as u32);
+                visible = visible && key as i32 <= query as i32 + scalars.causal_shift;
+            }
+            scores[i] = select(visible, scores[i], MASKED);
+        }
+    }
+}
+
+/// Maximum over the four units of a row.
+#[cube]
+pub(crate) fn quad_max(x: f32) -> f32 {
+    let x = max(x, plane_shuffle_xor(x, 1));
+    max(x, plane_shuffle_xor(x, 2))
+}
+
+/// Sum over the four units of a row.
+#[cube]
+pub(crate) fn quad_sum(x: f32) -> f32 {
+    let x = x + plane_shuffle_xor(x, 1);
+    x + plane_shuffle_xor(x, 2)
+}

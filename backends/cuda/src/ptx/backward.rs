@@ -1,0 +1,163 @@
+//! Products of the backward, on registers beside those of [`super::wgmma`].
+//!
+//! | name | holds | layout |
+//! |---|---|---|
+//! | `dpr<K/2>` | f32 gradients of probabilities `[64, K]` | as `sco` |
+//! | `grd<Dv/4>` | gradients of the output `[64, Dv]`, 16 bits, A operand | as `qry` |
+//! | `dsc<K/4>` | gradients of scores `[64, K]`, 16 bits, A operand | as `prb` |
+//! | `dka<D/2>` | f32 accumulator `[64, D]` | as `acc` |
+
+use cubecl::prelude::*;
+
+use super::value;
+use super::wgmma::{Products, add_product, clear, list, load_rows, read_eight, write_four};
+
+/// Declares `dpr`, and `grd` or, for keys, `dsc` and `dka`. Once, at the top of a kernel.
+#[cube]
+pub(crate) fn declare(#[comptime] products: Products, #[comptime] keys: bool) {
+    let text = comptime!({
+        let p = products;
+        let rest = if keys {
+            format!(
+                ".reg .b32 dsc<{}>; .reg .f32 dka<{}>;",
+                p.keys / 4,
+                p.head_dim / 2
+            )
+        } else {
+            format!(".reg .b32 grd<{}>;", p.value_dim / 4)
+        };
+        format!(".reg .f32 dpr<{}>; {rest}", p.keys / 2)
+    });
+    gpu_asm!("{text}");
+}
+
+/// Begins `dpr = dO V^T` with `dO` the registers `grd` and `V` the tile that `values` describes.
+#[cube]
+pub(crate) fn probability_gradients(values: u64, #[comptime] products: Products) {
+    let values = value::<u64>(values);
+    let text = comptime!({
+        let p = products;
+        product(p, p.value_dim, |step| {
+            let b = step / 4 * p.keys * 8 + step % 4 * 2;
+            let a = list("grd", 4 * step..4 * step + 4);
+            (
+                String::new(),
+                a,
+                format!("add.u64 b, %0, {b};"),
+                list("dpr", 0..p.keys / 2),
+            )
+        })
+    });
+    gpu_asm!("/* {values} */ {text}", values = in(_) values);
+}
+
+/// Begins `sco = K Q^T` with a shared tile of 64 keys and one of queries in boxes of `rows` rows.
+#[cube]
+pub(crate) fn key_scores(
+    keys: u64,
+    queries: u64,
+    #[comptime] rows: usize,
+    #[comptime] products: Products,
+) {
+    let (keys, queries) = (value::<u64>(keys), value::<u64>(queries));
+    let text = comptime!(shared_product(products, products.head_dim, rows, "sco"));
+    gpu_asm!("/* {keys} {queries} */ {text}", keys = in(_) keys, queries = in(_) queries);
+}
+
+/// Begins `dpr = V dO^T` with a shared tile of 64 values and one of output gradients in boxes of
+/// `rows` rows.
+#[cube]
+pub(crate) fn key_probability_gradients(
+    values: u64,
+    grads: u64,
+    #[comptime] rows: usize,
+    #[comptime] products: Products,
+) {
+    let (values, grads) = (value::<u64>(values), value::<u64>(grads));
+    let text = comptime!(shared_product(products, products.value_dim, rows, "dpr"));
+    gpu_asm!("/* {values} {grads} */ {text}", values = in(_) values, grads = in(_) grads);
+}
+
+fn shared_product(p: Products, depth: usize, rows: usize, to: &str) -> String {
+    product(p, depth, |step| {
+        // 16 columns are 32 bytes; 64 columns are a box of 128 bytes a row. Offsets count 16 bytes.
+        let a = step / 4 * 64 * 8 + step % 4 * 2;
+        let b = step / 4 * rows * 8 + step % 4 * 2;
+        let offsets = format!("add.u64 a, %0, {a}; add.u64 b, %1, {b};");
+        (
+            "0, ".to_owned(),
+            "a".to_owned(),
+            offsets,
+            list(to, 0..p.keys / 2),
+        )
+    })
+}
+
+/// Products over `depth` columns whose B operands are rows, in steps of 16; `step` gives what
+/// follows the transposition of A, A itself, the offsets and the result.
+fn product(
+    p: Products,
+    depth: usize,
+    step: impl Fn(usize) -> (String, String, String, String),
+) -> String {
+    let format = p.format();
+    let mut text = String::from(
+        "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; \
+         .reg .u64 a, b; ",
+    );
+    for at in 0..depth / 16 {
+        let (transposed, a, offsets, to) = step(at);
+        text += &format!(
+            "{offsets} wgmma.mma_async.sync.aligned.m64n{}k16.f32.{format}.{format} \
+             {to}, {a}, b, {}, 1, 1, {transposed}0; ",
+            p.keys,
+            if at == 0 { "first" } else { "more" },
+        );
+    }
+    text + "}"
+}
+
+/// Begins `dka += dS Q` with `dS` the registers `dsc` and `Q` the tile that `queries` describes,
+/// transposed.
+#[cube]
+pub(crate) fn accumulate_key_gradient(queries: u64, #[comptime] products: Products) {
+    let p = products;
+    add_product(
+        queries,
+        "dka",
+        "dsc",
+        p.head_dim,
+        p.keys,
+        comptime!(p.format()),
+    );
+}
+
+/// Sets `dka` to zero.
+#[cube]
+pub(crate) fn clear_key_gradient(#[comptime] products: Products) {
+    clear("dka", comptime!(products.head_dim / 2));
+}
+
+/// Eight neighbouring registers of `dka`.
+#[cube]
+pub(crate) fn read_key_gradient(#[comptime] group: usize) -> Vector<f32, Const<8>> {
+    read_eight("dka", group)
+}
+
+/// Eight neighbouring registers of `dpr`, of a finished product.
+#[cube]
+pub(crate) fn read_gradient_step(#[comptime] group: usize) -> Vector<f32, Const<8>> {
+    read_eight("dpr", group)
+}
+
+/// Replaces four registers of `dsc`; no product may be reading them.
+#[cube]
+pub(crate) fn write_score_gradient_step(packed: Vector<u32, Const<4>>, #[comptime] group: usize) {
+    write_four("dsc", packed, group);
+}
+
+/// Loads the registers `grd` as [`super::wgmma::load_queries`] loads `qry`.
+#[cube]
+pub(crate) fn load_gradients(at: u32, #[comptime] rows: usize, #[comptime] products: Products) {
+    load_rows("grd", at, rows, products.value_dim);
+}

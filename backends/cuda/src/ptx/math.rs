@@ -1,0 +1,68 @@
+//! Arithmetic that CubeCL spells otherwise.
+
+use cubecl::prelude::*;
+
+use super::value;
+
+/// `2^x` in one instruction, relative error 2^-22; results below 2^-126 are 0.
+#[cube]
+pub(crate) fn exp2(x: f32) -> f32 {
+    let x = value::<f32>(x);
+    let y: f32;
+    gpu_asm!("ex2.approx.ftz.f32 {y}, {x};", y = out(_) y, x = in(_) x, options(pure, nomem));
+    y
+}
+
+/// Two f32 rounded to 16 bits, `low` in the low half. `format` is `bf16` or `f16`.
+#[cube]
+pub(crate) fn pack(low: f32, high: f32, #[comptime] format: &'static str) -> u32 {
+    let (low, high) = (value::<f32>(low), value::<f32>(high));
+    let y: u32;
+    gpu_asm!(
+        "cvt.rn.{format}x2.f32 {y}, {high}, {low};",
+        y = out(_) y, high = in(_) high, low = in(_) low, format = const format,
+        options(pure, nomem)
+    );
+    y
+}
+
+/// The halves of `x`, low first, 16-bit numbers of `format`, as f32.
+#[cube]
+pub(crate) fn unpack(x: u32, #[comptime] format: &'static str) -> Vector<f32, Const<2>> {
+    let x = value::<u32>(x);
+    let y: Vector<f32, Const<2>>;
+    gpu_asm!(
+        "/* {y} */ {{ .reg .b16 low, high; mov.b32 {{low, high}}, {x}; \
+         cvt.f32.{format} %0, low; cvt.f32.{format} %1, high; }}",
+        y = out(_) y, x = in(_) x, format = const format,
+        options(pure, nomem)
+    );
+    y
+}
+
+/// Stores four 8x8 matrices of 16-bit elements: lane `i` gives the shared address of row `i % 8` of
+/// matrix `i / 8`, and holds elements `2(i % 4)` and `2(i % 4) + 1` of row `i / 4` of each.
+#[cube]
+pub(crate) fn store_matrices(to: u32, words: Vector<u32, Const<4>>) {
+    let (to, words) = (value::<u32>(to), value::<Vector<u32, Const<4>>>(words));
+    gpu_asm!(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{to}], {words};",
+        to = in(_) to, words = in(_) words
+    );
+}
+
+/// Loads 16 bytes from shared memory.
+#[cube]
+pub(crate) fn load_chunk(from: u32) -> Vector<u32, Const<4>> {
+    let from = value::<u32>(from);
+    let words: Vector<u32, Const<4>>;
+    gpu_asm!("ld.shared.v4.b32 {words}, [{from}];", words = out(_) words, from = in(_) from);
+    words
+}
+
+/// Stores 16 bytes to shared memory.
+#[cube]
+pub(crate) fn store_chunk(to: u32, words: Vector<u32, Const<4>>) {
+    let (to, words) = (value::<u32>(to), value::<Vector<u32, Const<4>>>(words));
+    gpu_asm!("st.shared.v4.b32 [{to}], {words};", to = in(_) to, words = in(_) words);
+}

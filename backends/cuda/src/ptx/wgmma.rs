@@ -1,0 +1,317 @@
+//! Warpgroup matrix products (`wgmma`) on named registers.
+//!
+//! A warpgroup of 128 units multiplies 64 rows. Its registers, by name:
+//!
+//! | name | holds | layout in unit `l` of warp `w` |
+//! |---|---|---|
+//! | `acc<N/2>` | f32 accumulator `[64, N]` | register `i`: row `16w + l/4 + 8((i/2)%2)`, column `8(i/4) + 2(l%4) + i%2` |
+//! | `sco<K/2>` | f32 scores `[64, K]` | the same |
+//! | `prb<K/4>` | probabilities `[64, K]`, 16 bits, A operand | scores' registers `2i` and `2i+1` are the halves of register `i` |
+//! | `qry<D/4>` | queries `[64, D]`, 16 bits, A operand | as `prb` |
+//!
+//! B operands are shared tiles with the 128-byte swizzle, in boxes of 64 columns.
+
+use cubecl::prelude::*;
+
+use super::value;
+
+/// Sizes of the products of one kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Products {
+    /// Width of queries and keys, padded to a multiple of 16.
+    pub head_dim: usize,
+    /// Width of values, padded to a multiple of 16.
+    pub value_dim: usize,
+    /// Keys of a tile.
+    pub keys: usize,
+    /// Whether elements are bf16 rather than f16.
+    pub bf16: bool,
+}
+
+impl Products {
+    /// The element type's name in PTX.
+    pub fn format(&self) -> &'static str {
+        if self.bf16 { "bf16" } else { "f16" }
+    }
+}
+
+pub(super) fn list(name: &str, range: std::ops::Range<usize>) -> String {
+    let names: Vec<String> = range.map(|i| format!("{name}{i}")).collect();
+    format!("{{{}}}", names.join(", "))
+}
+
+/// Declares the named registers. Once, at the top of a kernel.
+#[cube]
+pub(crate) fn declare_registers(#[comptime] products: Products) {
+    let text = comptime!(declare_text(products));
+    gpu_asm!("{text}");
+}
+
+fn declare_text(p: Products) -> String {
+    format!(
+        ".reg .f32 acc<{}>; .reg .f32 sco<{}>; .reg .b32 prb<{}>; .reg .b32 qry<{}>;",
+        p.value_dim / 2,
+        p.keys / 2,
+        p.keys / 4,
+        p.head_dim / 4,
+    )
+}
+
+/// A descriptor of a shared tile in boxes of 64 columns, whose rows are the contracted dimension's
+/// other side (K-major): 8 rows of 128 bytes lie 1024 bytes from the next 8.
+#[cube]
+pub(crate) fn descriptor(at: u32) -> u64 {
+    u64::cast_from((at & 0x3FFFF) >> 4) | comptime!((1u64 << 62) | (64u64 << 32) | (1u64 << 16))
+}
+
+/// A descriptor of a shared tile in boxes of 64 columns, whose rows are contracted over (MN-major):
+/// as [`descriptor`], and the next 64 columns lie one box of `rows` rows further.
+#[cube]
+pub(crate) fn descriptor_transposed(at: u32, #[comptime] rows: usize) -> u64 {
+    let high = comptime!((1u64 << 62) | (64u64 << 32) | ((rows as u64 * 8) << 16));
+    u64::cast_from((at & 0x3FFFF) >> 4) | high
+}
+
+/// Orders the registers before the products that follow.
+#[cube]
+pub(crate) fn fence() {
+    gpu_asm!("wgmma.fence.sync.aligned;");
+}
+
+/// Closes a group of products.
+#[cube]
+pub(crate) fn commit() {
+    gpu_asm!("wgmma.commit_group.sync.aligned;");
+}
+
+/// Waits until at most `pending` groups are unfinished.
+#[cube]
+pub(crate) fn wait(#[comptime] pending: u32) {
+    gpu_asm!("wgmma.wait_group.sync.aligned {pending};", pending = const pending);
+}
+
+/// Begins `sco = Q K^T` with `Q` the registers `qry` and `K` the tile that `keys` describes.
+#[cube]
+pub(crate) fn scores(keys: u64, #[comptime] products: Products) {
+    let keys = value::<u64>(keys);
+    let text = comptime!(scores_text(products));
+    gpu_asm!("/* {keys} */ {text}", keys = in(_) keys);
+}
+
+fn scores_text(p: Products) -> String {
+    let format = p.format();
+    let mut text = String::from(
+        "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
+    );
+    for step in 0..p.head_dim / 16 {
+        // 16 columns are 32 bytes; 64 columns are a box of 128 bytes a row. Offsets count 16 bytes.
+        text += &format!(
+            "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{}k16.f32.{format}.{format} \
+             {}, {}, b, {}, 1, 1, 0; ",
+            step / 4 * p.keys * 8 + step % 4 * 2,
+            p.keys,
+            list("sco", 0..p.keys / 2),
+            list("qry", 4 * step..4 * step + 4),
+            if step == 0 { "first" } else { "more" },
+        );
+    }
+    text + "}"
+}
+
+/// Begins `acc += P V` with `P` the registers `prb` and `V` the tile that `values` describes.
+#[cube]
+pub(crate) fn accumulate(values: u64, #[comptime] products: Products) {
+    let p = products;
+    add_product(
+        values,
+        "acc",
+        "prb",
+        p.value_dim,
+        p.keys,
+        comptime!(p.format()),
+    );
+}
+
+/// Begins `to += left B`, `columns` wide, with `left` an A operand of `depth` columns and `B` the tile
+/// of `depth` rows that `tile`, transposed, describes.
+#[cube]
+pub(super) fn add_product(
+    tile: u64,
+    #[comptime] to: &'static str,
+    #[comptime] left: &'static str,
+    #[comptime] columns: usize,
+    #[comptime] depth: usize,
+    #[comptime] format: &'static str,
+) {
+    let tile = value::<u64>(tile);
+    let text = comptime!(add_product_text(to, left, columns, depth, format));
+    gpu_asm!("/* {tile} */ {text}", tile = in(_) tile);
+}
+
+fn add_product_text(to: &str, left: &str, columns: usize, depth: usize, format: &str) -> String {
+    let mut text = String::from("{ .reg .pred more; setp.ne.b32 more, 1, 0; .reg .u64 b; ");
+    for step in 0..depth / 16 {
+        // 16 rows of 128 bytes are 2048 bytes.
+        text += &format!(
+            "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{format}.{format} \
+             {}, {}, b, more, 1, 1, 1; ",
+            step * 128,
+            list(to, 0..columns / 2),
+            list(left, 4 * step..4 * step + 4),
+        );
+    }
+    text + "}"
+}
+
+/// Gives registers of this warpgroup back, down to `count` a unit.
+#[cube]
+pub(crate) fn shrink_registers(#[comptime] count: u32) {
+    gpu_asm!("setmaxnreg.dec.sync.aligned.u32 {count};", count = const count);
+}
+
+/// Takes registers that other warpgroups gave back, up to `count` a unit.
+#[cube]
+pub(crate) fn grow_registers(#[comptime] count: u32) {
+    gpu_asm!("setmaxnreg.inc.sync.aligned.u32 {count};", count = const count);
+}
+
+/// Eight neighbouring registers of `sco`, of a finished product: keys `16 group..16 group + 16`.
+#[cube]
+pub(crate) fn read_score_step(#[comptime] group: usize) -> Vector<f32, Const<8>> {
+    read_eight("sco", group)
+}
+
+/// Lets nothing that `sums` depends on be computed later than here.
+///
+/// A branch on them, never taken as they are never negative: without it ptxas moves the arithmetic
+/// of a tile behind the wait that it is meant to overlap with.
+#[cube]
+pub(crate) fn compute_before(sums: f32) {
+    let sums = value::<f32>(sums);
+    gpu_asm!(
+        "{{ .reg .pred p; setp.lt.f32 p, {sums}, 0f00000000; @!p bra GO; trap; GO: }}",
+        sums = in(_) sums
+    );
+}
+
+/// Replaces four registers of `prb`, of keys `16 group..16 group + 16`; no product may be reading
+/// them.
+#[cube]
+pub(crate) fn write_probability_step(packed: Vector<u32, Const<4>>, #[comptime] group: usize) {
+    write_four("prb", packed, group);
+}
+
+/// Multiplies `acc` by `upper` in the unit's upper row and by `lower` in its lower row.
+#[cube]
+pub(crate) fn scale_accumulator(upper: f32, lower: f32, #[comptime] products: Products) {
+    let (upper, lower) = (value::<f32>(upper), value::<f32>(lower));
+    let text = comptime!(moves(products.value_dim / 2, |i| {
+        format!("mul.f32 acc{i}, acc{i}, %{}; ", i / 2 % 2)
+    }));
+    gpu_asm!("/* {upper} {lower} */ {text}", upper = in(_) upper, lower = in(_) lower);
+}
+
+/// Sets `acc` to zero.
+#[cube]
+pub(crate) fn clear_accumulator(#[comptime] products: Products) {
+    clear("acc", comptime!(products.value_dim / 2));
+}
+
+/// Eight neighbouring registers of `acc`: columns `16 group..16 group + 16` of the unit's two rows.
+#[cube]
+pub(crate) fn read_accumulator(#[comptime] group: usize) -> Vector<f32, Const<8>> {
+    read_eight("acc", group)
+}
+
+/// Loads the registers `qry` from a tile of queries with the 128-byte swizzle: `at` is the tile's
+/// first row of the warp's 16, in boxes of `rows` rows.
+#[cube]
+pub(crate) fn load_queries(at: u32, #[comptime] rows: usize, #[comptime] products: Products) {
+    load_rows("qry", at, rows, products.head_dim);
+}
+
+/// Loads the A operand `name`, `width` columns, as [`load_queries`] does.
+#[cube]
+pub(super) fn load_rows(
+    #[comptime] name: &'static str,
+    at: u32,
+    #[comptime] rows: usize,
+    #[comptime] width: usize,
+) {
+    // Four 8x8 matrices: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15.
+    let lane = UNIT_POS % 32;
+    let row = lane % 16;
+    let base = at + row * 128;
+    #[unroll]
+    for step in 0..comptime!(width / 16) {
+        let chunk = comptime!((step % 4 * 2) as u32) + lane / 16;
+        let from = base + comptime!((step / 4 * rows * 128) as u32) + (chunk ^ (row % 8)) * 16;
+        load_step(name, from, step);
+    }
+}
+
+#[cube]
+fn load_step(#[comptime] name: &'static str, from: u32, #[comptime] step: usize) {
+    let from = value::<u32>(from);
+    let registers = comptime!(list(name, 4 * step..4 * step + 4));
+    gpu_asm!(
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {registers}, [{from}];",
+        from = in(_) from
+    );
+}
+
+/// Eight neighbouring f32 registers `name`.
+#[cube]
+pub(super) fn read_eight(
+    #[comptime] name: &'static str,
+    #[comptime] group: usize,
+) -> Vector<f32, Const<8>> {
+    let text = comptime!(moves(8, |i| format!(
+        "mov.f32 %{i}, {name}{}; ",
+        8 * group + i
+    )));
+    let values: Vector<f32, Const<8>>;
+    gpu_asm!("/* {values} */ {text}", values = out(_) values);
+    values
+}
+
+/// Four neighbouring packed registers `name`.
+#[cube]
+pub(super) fn read_four(
+    #[comptime] name: &'static str,
+    #[comptime] group: usize,
+) -> Vector<u32, Const<4>> {
+    let text = comptime!(moves(4, |i| format!(
+        "mov.b32 %{i}, {name}{}; ",
+        4 * group + i
+    )));
+    let words: Vector<u32, Const<4>>;
+    gpu_asm!("/* {words} */ {text}", words = out(_) words);
+    words
+}
+
+/// Replaces four neighbouring packed registers `name`.
+#[cube]
+pub(super) fn write_four(
+    #[comptime] name: &'static str,
+    words: Vector<u32, Const<4>>,
+    #[comptime] group: usize,
+) {
+    let words = value::<Vector<u32, Const<4>>>(words);
+    let text = comptime!(moves(4, |i| format!(
+        "mov.b32 {name}{}, %{i}; ",
+        4 * group + i
+    )));
+    gpu_asm!("/* {words} */ {text}", words = in(_) words);
+}
+
+/// Sets the first `count` f32 registers `name` to zero.
+#[cube]
+pub(super) fn clear(#[comptime] name: &'static str, #[comptime] count: usize) {
+    let text = comptime!(moves(count, |i| format!("mov.f32 {name}{i}, 0f00000000; ")));
+    gpu_asm!("{text}");
+}
+
+pub(super) fn moves(count: usize, line: impl Fn(usize) -> String) -> String {
+    (0..count).map(line).collect()
+}
