@@ -1,0 +1,309 @@
+//! Which engine and tiles run a problem on a device.
+//!
+//! A plan is a pure function of the problem and the device's properties: the same question always
+//! has the same answer, which can be printed, and needs no device to be asked. Engines are tried
+//! from the fastest to the most portable; a plan keeps why the faster ones were passed over.
+
+use std::fmt;
+
+use cubecl::client::Client;
+use cubecl::ir::DeviceProperties;
+use cubesla_kernels::attention::{
+    self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
+};
+use cubesla_kernels::linear::FeatureMap;
+use cubesla_kernels::sla::{self, Combination, LinearMode, SlaInputs, SlaOutput};
+use cubesla_kernels::{AttentionProblem, ProblemError};
+
+/// How block-sparse attention's forward is run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ForwardPlan {
+    /// The engine and its sizes.
+    pub engine: ForwardEngine,
+    /// Faster engines, and why they cannot run the problem.
+    pub passed_over: Vec<(&'static str, &'static str)>,
+}
+
+/// An engine of the forward, with its sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ForwardEngine {
+    /// Hopper's warpgroup products and bulk copies.
+    #[cfg(feature = "cuda")]
+    Wgmma(cubesla_cuda::forward::WgmmaPlan),
+    /// A tile program of the portable kernels.
+    Tile(attention::ForwardPlan),
+}
+
+type Candidate = fn(&AttentionProblem, &DeviceProperties) -> Result<ForwardEngine, &'static str>;
+
+/// The engines, fastest first.
+const FORWARD: &[(&str, Candidate)] = &[
+    #[cfg(feature = "cuda")]
+    ("wgmma", |problem, device| {
+        cubesla_cuda::forward::WgmmaPlan::new(problem, device).map(ForwardEngine::Wgmma)
+    }),
+    ("mma", |problem, device| {
+        attention::ForwardPlan::mma(problem, device).map(ForwardEngine::Tile)
+    }),
+    ("simt", |problem, device| {
+        attention::ForwardPlan::simt(problem, device).map(ForwardEngine::Tile)
+    }),
+];
+
+impl ForwardPlan {
+    /// The plan for `problem` on a device.
+    ///
+    /// # Errors
+    /// [`ProblemError::NoPlan`] with every engine's reason, if none can run the problem.
+    pub fn new(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+    ) -> Result<Self, ProblemError> {
+        Self::all(problem, device).map(|mut plans| plans.swap_remove(0))
+    }
+
+    /// A plan for every engine that can run `problem`, fastest first: for comparing engines.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn all(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+    ) -> Result<Vec<Self>, ProblemError> {
+        let mut plans = Vec::new();
+        let mut passed_over = Vec::new();
+        for (name, candidate) in FORWARD {
+            match candidate(problem, device) {
+                Ok(engine) => plans.push(Self {
+                    engine,
+                    passed_over: passed_over.clone(),
+                }),
+                Err(reason) => passed_over.push((*name, reason)),
+            }
+        }
+        if plans.is_empty() {
+            return Err(ProblemError::NoPlan {
+                device: device.identity.name.clone(),
+                reason: reasons(&passed_over),
+            });
+        }
+        Ok(plans)
+    }
+
+    /// Runs the plan. Nothing is launched if an argument is refused.
+    ///
+    /// # Errors
+    /// A [`ProblemError`] that names the argument at fault.
+    pub fn launch(
+        &self,
+        client: &Client,
+        problem: &AttentionProblem,
+        inputs: ForwardInputs<'_>,
+        outputs: ForwardOutputs<'_>,
+    ) -> Result<(), ProblemError> {
+        match &self.engine {
+            #[cfg(feature = "cuda")]
+            ForwardEngine::Wgmma(plan) => {
+                attention::check_forward(client, problem, &inputs, &outputs)?;
+                cubesla_cuda::forward::launch_forward_wgmma(client, problem, plan, inputs, outputs);
+                Ok(())
+            }
+            ForwardEngine::Tile(plan) => {
+                attention::launch_forward(client, problem, plan, inputs, outputs)
+            }
+        }
+    }
+}
+
+impl fmt::Display for ForwardPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.engine {
+            #[cfg(feature = "cuda")]
+            ForwardEngine::Wgmma(plan) => write!(f, "{plan}")?,
+            ForwardEngine::Tile(plan) => write!(f, "{plan}")?,
+        }
+        if self.passed_over.is_empty() {
+            return Ok(());
+        }
+        write!(f, " ({})", reasons(&self.passed_over))
+    }
+}
+
+/// How the forward of SLA and SLA2 is run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlaPlan {
+    /// The engine; tiles of the portable kernels are chosen when they are launched.
+    pub engine: SlaEngine,
+    /// Faster engines, and why they cannot run the problem.
+    pub passed_over: Vec<(&'static str, &'static str)>,
+}
+
+/// An engine of the SLA forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlaEngine {
+    /// Hopper's warpgroup products and bulk copies.
+    #[cfg(feature = "cuda")]
+    Wgmma(cubesla_cuda::sla::WgmmaSlaPlan),
+    /// The portable kernels.
+    Tile,
+}
+
+impl SlaPlan {
+    /// The plan for `problem`; `projects` for SLA, whose linear branch is projected.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn new(problem: &AttentionProblem, device: &DeviceProperties, projects: bool) -> Self {
+        #[cfg(feature = "cuda")]
+        let passed_over = match cubesla_cuda::sla::WgmmaSlaPlan::new(problem, device, projects) {
+            Ok(plan) => {
+                return Self {
+                    engine: SlaEngine::Wgmma(plan),
+                    passed_over: Vec::new(),
+                };
+            }
+            Err(reason) => vec![("wgmma", reason)],
+        };
+        #[cfg(not(feature = "cuda"))]
+        let passed_over = Vec::new();
+        Self {
+            engine: SlaEngine::Tile,
+            passed_over,
+        }
+    }
+
+    /// Runs the plan. Nothing is launched if an argument is refused.
+    ///
+    /// # Errors
+    /// A [`ProblemError`] that names the argument at fault.
+    pub fn launch(
+        &self,
+        client: &Client,
+        problem: &AttentionProblem,
+        inputs: SlaInputs<'_>,
+        combination: Combination<'_>,
+        (phi, mode): (FeatureMap, LinearMode),
+        save: bool,
+    ) -> Result<SlaOutput, ProblemError> {
+        match &self.engine {
+            #[cfg(feature = "cuda")]
+            SlaEngine::Wgmma(plan) => {
+                sla::check_sla(client, problem, &inputs, &combination)?;
+                cubesla_cuda::sla::launch_sla_wgmma(
+                    client,
+                    problem,
+                    plan,
+                    inputs,
+                    combination,
+                    phi,
+                    mode,
+                    save,
+                )
+            }
+            SlaEngine::Tile => {
+                sla::sla_forward(client, problem, inputs, combination, phi, mode, save)
+            }
+        }
+    }
+}
+
+impl fmt::Display for SlaPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.engine {
+            #[cfg(feature = "cuda")]
+            SlaEngine::Wgmma(plan) => write!(f, "{}", plan.forward)?,
+            SlaEngine::Tile => write!(f, "portable")?,
+        }
+        if self.passed_over.is_empty() {
+            return Ok(());
+        }
+        write!(f, " ({})", reasons(&self.passed_over))
+    }
+}
+
+/// How the backward of block-sparse attention is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackwardPlan {
+    /// Hopper's warpgroup products and bulk copies.
+    #[cfg(feature = "cuda")]
+    Wgmma(cubesla_cuda::backward::WgmmaBackwardPlan),
+    /// Tile programs of the portable kernels.
+    Tile(attention::BackwardPlan),
+}
+
+impl BackwardPlan {
+    /// The plan of the fastest engine that can run `problem`.
+    ///
+    /// # Errors
+    /// [`ProblemError::NoPlan`] with every engine's reason, if none can.
+    pub fn new(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+    ) -> Result<Self, ProblemError> {
+        Self::all(problem, device).map(|mut plans| plans.swap_remove(0))
+    }
+
+    /// A plan for every engine that can run `problem`, fastest first.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn all(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+    ) -> Result<Vec<Self>, ProblemError> {
+        let mut plans = Vec::new();
+        #[cfg(feature = "cuda")]
+        if let Ok(plan) = cubesla_cuda::backward::WgmmaBackwardPlan::new(problem, device) {
+            plans.push(Self::Wgmma(plan));
+        }
+        match attention::BackwardPlan::all(problem, device) {
+            Ok(portable) => plans.extend(portable.into_iter().map(Self::Tile)),
+            Err(error) if plans.is_empty() => return Err(error),
+            Err(_) => {}
+        }
+        Ok(plans)
+    }
+
+    /// Runs the plan; gradients in f32, or of an output gradient that bulk copies cannot read, fall
+    /// back to the portable kernels. No gradient is computed if an argument is refused.
+    ///
+    /// # Errors
+    /// A [`ProblemError`] that names the argument at fault.
+    pub fn launch(
+        &self,
+        client: &Client,
+        problem: &AttentionProblem,
+        inputs: BackwardInputs<'_>,
+        outputs: BackwardOutputs<'_>,
+    ) -> Result<(), ProblemError> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Wgmma(plan) => {
+                use cubesla_cuda::backward::{WgmmaBackwardPlan, launch_backward_wgmma};
+                attention::check_backward(client, problem, &inputs, &outputs)?;
+                if WgmmaBackwardPlan::takes(&inputs, &outputs) {
+                    return launch_backward_wgmma(client, problem, plan, inputs, outputs);
+                }
+                let plan = attention::BackwardPlan::new(problem, client.properties())?;
+                attention::launch_backward(client, problem, &plan, inputs, outputs)
+            }
+            Self::Tile(plan) => attention::launch_backward(client, problem, plan, inputs, outputs),
+        }
+    }
+}
+
+impl fmt::Display for BackwardPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Wgmma(plan) => write!(f, "{plan}"),
+            Self::Tile(plan) => write!(f, "{plan}"),
+        }
+    }
+}
+
+fn reasons(passed_over: &[(&str, &str)]) -> String {
+    let reasons: Vec<String> = passed_over
+        .iter()
+        .map(|(name, reason)| format!("not {name}: {reason}"))
+        .collect();
+    reasons.join("; ")
+}
