@@ -1,0 +1,164 @@
+//! Launches every kernel of the golden plans on a CUDA device, real or fake.
+//!
+//! On a machine without a GPU, `cargo xtask cuda` runs it over a driver that executes nothing, once
+//! for each architecture, and reads registers and spills off the compiled kernels.
+
+use cubesla::{
+    AttentionOptions, Client, Critical, DType, FeatureMap, Format, Granularity, InverseBlockList,
+    LinearMode, LowBitValues, RouterOptions, TopKOrder, dynamic_matmul, fake_quantize,
+    linear_attention, low_bit_attention, quantize, quantized_matmul_backward, route, select_blocks,
+    soft_top_k, soft_top_k_backward, top_k, upload, weight_only_matmul,
+};
+use harness::sla::Combine;
+use harness::soft::SoftCase;
+use harness::{AttentionCase, SlaCase};
+
+fn main() {
+    let client = harness::client();
+    println!("compiling for {}", client.properties().identity.name);
+    for case in harness::golden::forward_cases() {
+        let inputs = case.inputs();
+        for (plan, _) in case.run_all(&client, &inputs) {
+            println!(
+                "{} D={} Dv={}: {plan}",
+                case.dtype, case.head_dim, case.value_dim
+            );
+        }
+        let list = inputs.list.upload(&client);
+        InverseBlockList::new(&client, &list).expect("the inverse to be built");
+        // Gradients have several kernels of each shape, so not every shape has its turn.
+        let usual = case.head_dim == case.value_dim && case.options.block_q == 128;
+        if usual && matches!(case.head_dim, 64 | 128) {
+            for (plan, _) in case.run_backward(&client, &inputs, &case.grad_out()) {
+                println!(
+                    "{} D={} Dv={}: backward {plan}",
+                    case.dtype, case.head_dim, case.value_dim
+                );
+            }
+        }
+        // The operations of both branches have many kernels of each shape: one shape will do.
+        let rescaled = case.options.scale.is_some();
+        if usual && case.head_dim == 128 && !rescaled {
+            compile_both_branches(&client, case);
+        }
+    }
+    for case in harness::golden::sla_cases() {
+        compile_sla(&client, &case);
+    }
+    compile_selection(&client);
+    compile_low_bits(&client);
+    compile_low_bit_scores(&client);
+    // Kernels are compiled on the device's thread, which ends with the program.
+    cubesla::sync(&client).expect("every kernel to be launched");
+}
+
+/// The gradients of SLA, in every form, and of soft masks.
+fn compile_both_branches(client: &Client, attention: AttentionCase) {
+    for linear in [LinearMode::Complement, LinearMode::Global] {
+        for combine in [Combine::Sla, Combine::LogitPerBlock] {
+            let case = SlaCase {
+                attention,
+                negligible: None,
+                phi: FeatureMap::Softmax,
+                linear,
+                combine,
+            };
+            let (inputs, grad_out) = (case.inputs(), attention.grad_out());
+            case.run_backward(client, &inputs, &grad_out);
+            if combine != Combine::Sla {
+                SoftCase(case).run(client, &inputs, &grad_out);
+            }
+        }
+    }
+}
+
+/// The forwards of SLA, linear attention and the router.
+fn compile_sla(client: &Client, case: &SlaCase) {
+    let inputs = case.inputs();
+    for save in [false, true] {
+        case.run(client, &inputs, save);
+    }
+    let ([q, k, v], _) = case.attention.upload_inputs(client, &inputs);
+    linear_attention(client, &q, &k, &v, case.phi, false).expect("a valid call");
+    linear_attention(client, &q, &q, &q, case.phi, true).expect("a valid call");
+    let options = AttentionOptions {
+        block_q: 128,
+        block_k: 32,
+        ..AttentionOptions::default()
+    };
+    route(client, &q, &k, &options, &RouterOptions::sla()).expect("a valid call");
+}
+
+/// Selections from rows.
+fn compile_selection(client: &Client) {
+    // Rows that a plane, a cube, and several elements of a unit hold.
+    for len in [40, 600, 1200, 5000] {
+        let scores = upload(client, &vec![0.0; 2 * len], [1, 1, 2, len], DType::F32).unwrap();
+        let mass = Critical::Mass {
+            mass: 0.5,
+            min: 1,
+            max: 20,
+        };
+        for critical in [Critical::Count(4), mass] {
+            select_blocks(client, &scores, critical, 8).expect("a valid call");
+        }
+        let soft = soft_top_k(client, &scores, 0.1, 0.1).expect("a valid call");
+        soft_top_k_backward(client, &soft, &scores, 0.1).expect("a valid call");
+        let rows = upload(client, &vec![0.0; 2 * len], [2, len], DType::F32).unwrap();
+        top_k(client, &rows, 8, TopKOrder::Value).expect("a valid call");
+    }
+}
+
+/// Low-bit attention of narrow and wide heads.
+fn compile_low_bit_scores(client: &Client) {
+    for (dim, values) in [(64, LowBitValues::Full), (128, LowBitValues::Fp8)] {
+        let case = AttentionCase {
+            head_dim: dim,
+            value_dim: dim,
+            dtype: DType::BF16,
+            options: AttentionOptions::default(),
+            ..AttentionCase::default()
+        };
+        let inputs = case.inputs();
+        let ([q, k, v], list) = case.upload_inputs(client, &inputs);
+        low_bit_attention(client, &q, &k, &v, &list, &case.options, values).expect("a valid call");
+    }
+}
+
+/// Every format and granularity, and products with all sizes of tiles.
+fn compile_low_bits(client: &Client) {
+    for dtype in [DType::F32, DType::BF16] {
+        let zeros = |rows: usize| upload(client, &vec![0.0; rows * 128], [rows, 128], dtype);
+        let w = zeros(1024).unwrap();
+        for granularity in [
+            Granularity::Tensor,
+            Granularity::Row,
+            Granularity::Column,
+            Granularity::Group(64),
+            Granularity::Block,
+        ] {
+            for (format, zero_point) in [
+                (Format::Int8, false),
+                (Format::Int8, true),
+                (Format::Int4, false),
+                (Format::Int4, true),
+                (Format::Fp8, false),
+            ] {
+                fake_quantize(client, &w, format, granularity, zero_point).expect("a valid call");
+                if granularity != Granularity::Row {
+                    continue;
+                }
+                let low = quantize(client, &w, format, granularity, zero_point).unwrap();
+                for rows in [1, 16, 64, 1024] {
+                    let x = zeros(rows).unwrap();
+                    weight_only_matmul(client, &x, &low, None, dtype).expect("a valid call");
+                    if format == Format::Int8 && !zero_point {
+                        dynamic_matmul(client, &x, &low, None, dtype).expect("a valid call");
+                    }
+                }
+                let dy = upload(client, &vec![0.0; 16 * 1024], [16, 1024], dtype).unwrap();
+                quantized_matmul_backward(client, &dy, &low).expect("a valid call");
+            }
+        }
+    }
+}

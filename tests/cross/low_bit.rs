@@ -1,0 +1,222 @@
+//! Block-sparse attention in low bits.
+
+use cubesla::{
+    AttentionOptions, AttentionProblem, Causal, DType, LowBitValues, ProblemError, download,
+    low_bit_attention,
+};
+use cubesla_kernels::attention::{ForwardInputs, ForwardOutputs, launch_low_bit};
+use cubesla_reference::{attention, low_bit, relative_error};
+use harness::case::{Inputs, Outputs, Poisoned, causal, wide};
+use harness::{AttentionCase, Lists, client, dtypes};
+use proptest::prelude::*;
+
+/// Runs the case into poisoned, guarded outputs.
+fn run(case: &AttentionCase, inputs: &Inputs, values: LowBitValues) -> Outputs {
+    let client = client();
+    let ([q, k, v], list) = case.upload_inputs(&client, inputs);
+    let problem = AttentionProblem::new(&q, &k, &v, &case.options).unwrap();
+    let out = Poisoned::new(&client, problem.out_shape(), case.dtype);
+    let lse = Poisoned::new(&client, problem.lse_shape(), DType::F32);
+    let inputs = ForwardInputs {
+        q: &q,
+        k: &k,
+        v: &v,
+        list: &list,
+    };
+    let outputs = ForwardOutputs {
+        out: &out.tensor,
+        lse: &lse.tensor,
+    };
+    launch_low_bit(&client, &problem, inputs, outputs, values).unwrap();
+    Outputs {
+        out: out.read(&client),
+        lse: lse.read(&client),
+    }
+}
+
+/// Twice, against the low-bit reference, which rounds a few codes the other way as its mean key is
+/// f64; and by the low-bit error rule against exact attention. FP8 weights are compared with the
+/// reference where one tile has all keys, as then both round relative to the same maximum.
+fn check(case: &AttentionCase) {
+    let inputs = case.inputs();
+    let ([q, k, v], weights) = case.reference_inputs(&inputs);
+    let (scale, mask) = (case.scale(), causal(case.options.causal));
+    let exact = attention::forward(&q, &k, &v, &weights, scale, mask);
+    for values in [LowBitValues::Full, LowBitValues::Fp8] {
+        let found = run(case, &inputs, values);
+        assert_eq!(found, run(case, &inputs, values), "two runs of {case:?}");
+        let fp8 = values == LowBitValues::Fp8;
+        let low = low_bit::forward(&q, &k, &v, &weights, scale, mask, fp8);
+        let error = relative_error(&wide(&found.lse), low.lse.data());
+        assert!(error <= 1e-4, "lse {error:.2e} in {values:?} {case:?}");
+        let out = wide(&found.out);
+        let bound = if fp8 && case.key_len > 8 { 0.04 } else { 1e-3 };
+        let error = relative_error(&out, low.out.data());
+        assert!(error <= bound, "{error:.2e} in {values:?} {case:?}");
+        let exact = exact.out.data();
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+        let norm = dot(exact, exact);
+        if norm == 0.0 {
+            assert!(out.iter().all(|&x| x == 0.0), "{case:?}");
+            continue;
+        }
+        let cosine = dot(&out, exact) / (dot(&out, &out) * norm).sqrt();
+        let difference: f64 = out.iter().zip(exact).map(|(x, y)| (x - y).abs()).sum();
+        let l1 = difference / exact.iter().map(|x| x.abs()).sum::<f64>();
+        assert!(
+            cosine >= 0.999 && l1 <= 0.05,
+            "{cosine} {l1} in {values:?} {case:?}"
+        );
+    }
+}
+
+#[test]
+fn small_and_irregular() {
+    for dtype in dtypes(&client()) {
+        check(&AttentionCase {
+            dtype,
+            ..AttentionCase::default()
+        });
+    }
+}
+
+#[test]
+fn lists_of_every_kind() {
+    for lists in [
+        Lists::Dense,
+        Lists::TopK(1),
+        Lists::Random(0.3),
+        Lists::Empty,
+    ] {
+        check(&AttentionCase {
+            lists,
+            ..AttentionCase::default()
+        });
+    }
+}
+
+#[test]
+fn few_keys() {
+    for key_len in [1, 5, 8] {
+        check(&AttentionCase {
+            key_len,
+            lists: Lists::Dense,
+            ..AttentionCase::default()
+        });
+    }
+}
+
+#[test]
+fn wide_and_different_heads() {
+    for (head_dim, value_dim) in [(64, 40), (128, 128)] {
+        check(&AttentionCase {
+            head_dim,
+            value_dim,
+            ..AttentionCase::default()
+        });
+    }
+}
+
+#[test]
+fn strided_inputs_of_several_batches() {
+    check(&AttentionCase {
+        batch: 2,
+        query_heads: 4,
+        kv_heads: 2,
+        strided: true,
+        ..AttentionCase::default()
+    });
+}
+
+#[test]
+fn causal_masks() {
+    for causal in [Causal::TopLeft, Causal::BottomRight] {
+        check(&AttentionCase {
+            options: AttentionOptions {
+                causal,
+                ..AttentionCase::default().options
+            },
+            lists: Lists::Dense,
+            ..AttentionCase::default()
+        });
+    }
+}
+
+/// Without smoothing, keys far from zero would leave nothing of their differences in 8 bits.
+#[test]
+fn keys_far_from_zero() {
+    let case = AttentionCase {
+        lists: Lists::Dense,
+        ..AttentionCase::default()
+    };
+    let mut inputs = case.inputs();
+    inputs.k.iter_mut().for_each(|x| *x += 30.0);
+    let ([q, k, v], weights) = case.reference_inputs(&inputs);
+    let exact = attention::forward(&q, &k, &v, &weights, case.scale(), attention::Causal::None);
+    let found = run(&case, &inputs, LowBitValues::Full);
+    let error = relative_error(&wide(&found.out), exact.out.data());
+    assert!(error <= 0.03, "{error}");
+    let error = relative_error(&wide(&found.lse), exact.lse.data());
+    assert!(error <= 1e-3, "{error}");
+}
+
+/// What is not finite spoils what the documentation says, and nothing else.
+#[test]
+fn nan_and_infinities() {
+    let case = AttentionCase {
+        lists: Lists::Dense,
+        ..AttentionCase::default()
+    };
+    let clean = case.inputs();
+    let (len, dim) = (case.query_len, case.head_dim);
+    for values in [LowBitValues::Full, LowBitValues::Fp8] {
+        let with = |change: &dyn Fn(&mut Inputs)| {
+            let mut inputs = clean.clone();
+            change(&mut inputs);
+            run(&case, &inputs, values).out
+        };
+        // Row 40 of the first head is in its second block of 32.
+        let out = with(&|inputs| inputs.q[40 * dim] = f32::NAN);
+        for (at, x) in out.iter().enumerate() {
+            assert_eq!(x.is_nan(), (32..64).contains(&(at / dim)), "{at}");
+        }
+        let out = with(&|inputs| inputs.q[40 * dim] = f32::INFINITY);
+        assert!(out.iter().all(|x| x.is_finite()));
+        let out = with(&|inputs| inputs.k[5] = f32::NAN);
+        assert!(out.iter().all(|x| x.is_nan()));
+        let out = with(&|inputs| inputs.v[7 * dim + 3] = f32::NAN);
+        for (at, x) in out.iter().enumerate() {
+            assert_eq!(x.is_nan(), at % dim == 3, "{at} of {len}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(8))]
+
+    #[test]
+    fn any_lengths(query_len in 1..150usize, key_len in 1..150usize, seed in any::<u64>()) {
+        check(&AttentionCase { query_len, key_len, seed, ..AttentionCase::default() });
+    }
+}
+
+#[test]
+fn the_call_allocates_its_outputs_and_refuses_other_lists() {
+    let client = client();
+    let case = AttentionCase::default();
+    let inputs = case.inputs();
+    let ([q, k, v], list) = case.upload_inputs(&client, &inputs);
+    let values = LowBitValues::Fp8;
+    let output = low_bit_attention(&client, &q, &k, &v, &list, &case.options, values).unwrap();
+    let expected = run(&case, &inputs, values);
+    assert_eq!(download(&client, &output.out).unwrap(), expected.out);
+    let options = AttentionOptions {
+        block_k: 16,
+        ..case.options
+    };
+    let refused = low_bit_attention(&client, &q, &k, &v, &list, &options, values);
+    assert!(matches!(
+        refused,
+        Err(cubesla::Error::Problem(ProblemError::ListMismatch { .. }))
+    ));
+}

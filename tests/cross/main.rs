@@ -1,0 +1,14 @@
+//! Every operation against the f64 reference, on the device that `CUBESLA_DEVICE` names.
+
+mod attention;
+mod attention_backward;
+mod block_list;
+mod linear;
+mod low_bit;
+mod matmul;
+mod quantize;
+mod router;
+mod select;
+mod sla;
+mod sla_backward;
+mod soft;

@@ -1,0 +1,498 @@
+//! Products with low-bit matrices.
+
+use cubesla::{
+    DType, DeviceTensor, Format, Granularity, ProblemError, QuantizedTensor, download,
+    dynamic_matmul, fake_quantize, quantize, quantized_matmul, quantized_matmul_backward, upload,
+    weight_only_matmul,
+};
+use cubesla_reference::quantize::{Quantized, matmul, matmul_backward};
+use cubesla_reference::{Tensor, relative_error};
+use harness::case::wide;
+use harness::plain::stored;
+use harness::quantize::{expected, packed};
+use harness::{Rng, client, dtypes};
+use proptest::prelude::*;
+
+/// How a matrix is quantized.
+type Scheme = (Format, Granularity, bool);
+
+/// M, N, K.
+type Size = [usize; 3];
+
+fn int8(granularity: Granularity) -> Scheme {
+    (Format::Int8, granularity, false)
+}
+
+fn fp8(granularity: Granularity) -> Scheme {
+    (Format::Fp8, granularity, false)
+}
+
+/// NaN in freed memory of the output's size: what a kernel does not write is then likely to be NaN.
+fn poison(len: usize, dtype: DType) {
+    let client = client();
+    drop(upload(&client, &vec![f32::NAN; len], [len], dtype).unwrap());
+}
+
+/// 1e-5 in f32, in 16 bits twice what rounding the exact result costs.
+fn expect_near(found: &[f32], exact: &Tensor, dtype: DType, what: &str) {
+    let bound = match dtype {
+        DType::F32 => 1e-5,
+        _ => 2.0 * relative_error(stored(exact, dtype).data(), exact.data()),
+    };
+    let error = relative_error(&wide(found), exact.data());
+    assert!(error <= bound, "{what}: {error:.2e} > {bound:.2e}");
+}
+
+struct Inputs {
+    x: Vec<f32>,
+    w: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+impl Inputs {
+    fn new([m, n, k]: Size, dtype: DType, seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        Self {
+            x: rng.normals(m * k, dtype),
+            w: rng.normals(n * k, dtype),
+            bias: rng.normals(n, DType::F32),
+        }
+    }
+}
+
+fn reference(values: &[f32], matrix: [usize; 2], (format, granularity, zero): Scheme) -> Quantized {
+    expected(values, matrix, format, granularity, zero)
+}
+
+fn quantized(
+    values: &[f32],
+    shape: [usize; 2],
+    scheme: Scheme,
+    dtype: DType,
+) -> QuantizedTensor<2> {
+    let client = client();
+    let tensor = upload(&client, values, shape, dtype).unwrap();
+    quantize(&client, &tensor, scheme.0, scheme.1, scheme.2).unwrap()
+}
+
+/// Both operands in low bits, with a bias, twice.
+fn check_quantized(size: Size, x_scheme: Scheme, w_scheme: Scheme, dtype: DType) {
+    let client = client();
+    let [m, n, k] = size;
+    let what = format!("{size:?} {x_scheme:?} {w_scheme:?} {dtype}");
+    let inputs = Inputs::new(size, dtype, 7);
+    let x = quantized(&inputs.x, [m, k], x_scheme, dtype);
+    let w = quantized(&inputs.w, [n, k], w_scheme, dtype);
+    let bias = upload(&client, &inputs.bias, [n], DType::F32).unwrap();
+    let run = || {
+        poison(m * n, dtype);
+        let out = quantized_matmul(&client, &x, &w, Some(&bias), dtype).unwrap();
+        assert_eq!((out.shape(), out.dtype()), ([m, n], dtype));
+        download(&client, &out).unwrap()
+    };
+    let found = run();
+    assert_eq!(found, run(), "two runs of {what}");
+    let x = reference(&inputs.x, [m, k], x_scheme);
+    let w = reference(&inputs.w, [n, k], w_scheme);
+    let exact = matmul(
+        |i, l| x.value(i, l),
+        |j, l| w.value(j, l),
+        size,
+        &inputs.bias,
+    );
+    expect_near(&found, &exact, dtype, &what);
+}
+
+/// Full-precision activations, with a bias, twice; then the gradient.
+fn check_weight_only(size: Size, scheme: Scheme, dtype: DType) {
+    let client = client();
+    let [m, n, k] = size;
+    let what = format!("{size:?} {scheme:?} {dtype}");
+    let inputs = Inputs::new(size, dtype, 9);
+    let x = upload(&client, &inputs.x, [m, k], dtype).unwrap();
+    let w = quantized(&inputs.w, [n, k], scheme, dtype);
+    let bias = upload(&client, &inputs.bias, [n], DType::F32).unwrap();
+    let run = || {
+        poison(m * n, dtype);
+        let out = weight_only_matmul(&client, &x, &w, Some(&bias), dtype).unwrap();
+        download(&client, &out).unwrap()
+    };
+    let found = run();
+    assert_eq!(found, run(), "two runs of {what}");
+    let exact_w = reference(&inputs.w, [n, k], scheme);
+    let value = |j, l| exact_w.value(j, l);
+    let exact = matmul(|i, l| inputs.x[i * k + l].into(), value, size, &inputs.bias);
+    expect_near(&found, &exact, dtype, &what);
+
+    let grad = Rng::new(10).normals(m * n, dtype);
+    let dy = upload(&client, &grad, [m, n], dtype).unwrap();
+    let run = || {
+        poison(m * k, dtype);
+        let dx = quantized_matmul_backward(&client, &dy, &w).unwrap();
+        assert_eq!((dx.shape(), dx.dtype()), ([m, k], dtype));
+        download(&client, &dx).unwrap()
+    };
+    let found = run();
+    assert_eq!(found, run(), "two runs of the gradient of {what}");
+    let exact = matmul_backward(|i, j| grad[i * n + j].into(), value, size);
+    expect_near(&found, &exact, dtype, &format!("gradient of {what}"));
+}
+
+const SIZES: [Size; 6] = [
+    [1, 5, 7],
+    [1, 64, 256],
+    [3, 70, 130],
+    [5, 33, 97],
+    [17, 65, 200],
+    [70, 129, 384],
+];
+
+#[test]
+fn int8_by_int8() {
+    let row = int8(Granularity::Row);
+    for size in SIZES {
+        check_quantized(size, row, row, DType::F32);
+    }
+    check_quantized([9, 40, 300], int8(Granularity::Tensor), row, DType::F32);
+    check_quantized([9, 40, 300], row, int8(Granularity::Tensor), DType::F32);
+    let block = int8(Granularity::Block);
+    for k in [128, 384] {
+        check_quantized(
+            [20, 150, k],
+            int8(Granularity::Group(128)),
+            block,
+            DType::F32,
+        );
+    }
+    check_quantized([20, 150, 333], row, block, DType::F32);
+    check_quantized([20, 20, 50], block, block, DType::F32);
+    let groups = (int8(Granularity::Group(32)), int8(Granularity::Group(64)));
+    check_quantized([20, 30, 192], groups.0, groups.1, DType::F32);
+}
+
+#[test]
+fn large_tiles() {
+    let row = int8(Granularity::Row);
+    check_quantized([1030, 1040, 40], row, row, DType::F32);
+    check_weight_only(
+        [1030, 1040, 32],
+        (Format::Int4, Granularity::Group(32), false),
+        DType::F32,
+    );
+}
+
+#[test]
+fn fp8_by_fp8() {
+    let row = fp8(Granularity::Row);
+    for size in SIZES {
+        check_quantized(size, row, row, DType::F32);
+    }
+    let blocks = (fp8(Granularity::Group(128)), fp8(Granularity::Block));
+    check_quantized([20, 150, 256], blocks.0, blocks.1, DType::F32);
+}
+
+#[test]
+fn weights_alone() {
+    for size in SIZES {
+        check_weight_only(size, int8(Granularity::Row), DType::F32);
+    }
+    for size in [[1, 70, 256], [2, 9, 128], [4, 33, 384], [40, 70, 128]] {
+        for (format, zero_point) in [
+            (Format::Int8, true),
+            (Format::Int4, false),
+            (Format::Int4, true),
+        ] {
+            for group in [32, 128] {
+                check_weight_only(
+                    size,
+                    (format, Granularity::Group(group), zero_point),
+                    DType::F32,
+                );
+            }
+        }
+        check_weight_only(size, fp8(Granularity::Block), DType::F32);
+    }
+    check_weight_only(
+        [6, 40, 50],
+        (Format::Int4, Granularity::Row, true),
+        DType::F32,
+    );
+}
+
+#[test]
+fn sixteen_bits() {
+    let client = client();
+    for dtype in dtypes(&client) {
+        let row = int8(Granularity::Row);
+        check_quantized([20, 70, 130], row, row, dtype);
+        for m in [1, 20] {
+            let groups = Granularity::Group(64);
+            check_weight_only([m, 70, 256], (Format::Int4, groups, true), dtype);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn any_size(m in 1..90usize, n in 1..150usize, k in 1..400usize, kind in 0..4usize) {
+        let row = int8(Granularity::Row);
+        match kind {
+            0 => check_quantized([m, n, k], row, row, DType::F32),
+            1 => check_quantized([m, n, k], row, int8(Granularity::Block), DType::F32),
+            2 => check_weight_only([m, n, k], row, DType::F32),
+            _ => {
+                let k = k.next_multiple_of(32);
+                let scheme = (Format::Int4, Granularity::Group(32), true);
+                check_weight_only([m, n, k], scheme, DType::F32);
+            }
+        }
+    }
+}
+
+/// With scales of 1 every product and every sum is a whole number that f32 holds.
+#[test]
+fn integer_sums_are_exact() {
+    let client = client();
+    let [m, n, k] = [19, 70, 1000];
+    let mut rng = Rng::new(3);
+    let mut codes = |len: usize| -> Vec<u8> {
+        (0..len)
+            .map(|_| (rng.below(255) as i32 - 127) as i8 as u8)
+            .collect()
+    };
+    let (x_codes, w_codes) = (codes(m * k), codes(n * k));
+    let tensor = |codes: &[u8], rows: usize| {
+        let words = packed(codes, [rows, k], Format::Int8);
+        let handle = client.create_from_slice(bytemuck::cast_slice(&words));
+        let one = upload(&client, &[1.0], [1, 1], DType::F32).unwrap();
+        let granularity = Granularity::Tensor;
+        QuantizedTensor::new(handle, one, None, [rows, k], Format::Int8, granularity).unwrap()
+    };
+    let (x, w) = (tensor(&x_codes, m), tensor(&w_codes, n));
+    let out = quantized_matmul(&client, &x, &w, None, DType::F32).unwrap();
+    let found = download(&client, &out).unwrap();
+    for (at, value) in found.into_iter().enumerate() {
+        let (i, j) = (at / n, at % n);
+        let products = (0..k)
+            .map(|l| i32::from(x_codes[i * k + l] as i8) * i32::from(w_codes[j * k + l] as i8));
+        assert_eq!(value as i32, products.sum::<i32>(), "{i} {j}");
+    }
+}
+
+/// The low-bit error rule: against the product of what was quantized.
+#[test]
+fn low_bit_errors() {
+    let client = client();
+    let size = [33, 64, 512];
+    let [m, n, k] = size;
+    let inputs = Inputs::new(size, DType::F32, 21);
+    let exact = matmul(
+        |i, l| inputs.x[i * k + l].into(),
+        |j, l| inputs.w[j * k + l].into(),
+        size,
+        &[],
+    );
+    let exact = exact.data();
+    let x = upload(&client, &inputs.x, [m, k], DType::F32).unwrap();
+    let group = Granularity::Group(32);
+    // Cosine and relative L1; four bits cannot keep the rule of eight.
+    for (scheme, least_cosine, most_l1) in [
+        (int8(Granularity::Row), 0.9998, 0.02),
+        (int8(Granularity::Block), 0.9998, 0.02),
+        (fp8(Granularity::Row), 0.999, 0.05),
+        (fp8(Granularity::Block), 0.999, 0.05),
+        ((Format::Int8, group, true), 0.9999, 0.01),
+        ((Format::Int4, group, false), 0.99, 0.15),
+        ((Format::Int4, group, true), 0.99, 0.15),
+    ] {
+        let w = quantized(&inputs.w, [n, k], scheme, DType::F32);
+        let out = if scheme.1 == group {
+            weight_only_matmul(&client, &x, &w, None, DType::F32)
+        } else {
+            dynamic_matmul(&client, &x, &w, None, DType::F32)
+        };
+        let found = wide(&download(&client, &out.unwrap()).unwrap());
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+        let cosine = dot(&found, exact) / (dot(&found, &found) * dot(exact, exact)).sqrt();
+        let difference: f64 = found.iter().zip(exact).map(|(x, y)| (x - y).abs()).sum();
+        let l1 = difference / exact.iter().map(|x| x.abs()).sum::<f64>();
+        println!("{scheme:?}: cosine {cosine:.6}, relative L1 {l1:.4}");
+        assert!(
+            cosine >= least_cosine && l1 <= most_l1,
+            "{scheme:?}: {cosine} {l1}"
+        );
+    }
+}
+
+#[test]
+fn nan_stays_in_its_rows_and_columns() {
+    let client = client();
+    let [m, n, k] = [20, 24, 64];
+    for scheme in [int8(Granularity::Row), fp8(Granularity::Row)] {
+        let mut inputs = Inputs::new([m, n, k], DType::F32, 2);
+        inputs.x[3 * k + 5] = f32::NAN;
+        inputs.w[7 * k + 1] = f32::NAN;
+        let x = upload(&client, &inputs.x, [m, k], DType::F32).unwrap();
+        let w = quantized(&inputs.w, [n, k], scheme, DType::F32);
+        let out = dynamic_matmul(&client, &x, &w, None, DType::F32).unwrap();
+        for (at, value) in download(&client, &out).unwrap().into_iter().enumerate() {
+            assert_eq!(
+                value.is_nan(),
+                at / n == 3 || at % n == 7,
+                "{at} {scheme:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn strided_activations_in_more_axes() {
+    let client = client();
+    let (n, k) = (40, 64);
+    let inputs = Inputs::new([6, n, k], DType::F32, 4);
+    let w = quantized(&inputs.w, [n, k], int8(Granularity::Row), DType::F32);
+    let flat = upload(&client, &inputs.x, [6, k], DType::F32).unwrap();
+    let exact = weight_only_matmul(&client, &flat, &w, None, DType::F32).unwrap();
+    let exact = download(&client, &exact).unwrap();
+    let transposed: Vec<f32> = (0..6 * k).map(|at| inputs.x[at % 6 * k + at / 6]).collect();
+    let view = upload(&client, &transposed, [k, 2, 3], DType::F32)
+        .unwrap()
+        .permute([1, 2, 0]);
+    let out = weight_only_matmul(&client, &view, &w, None, DType::F32).unwrap();
+    assert_eq!(out.shape(), [2, 3, n]);
+    assert_eq!(download(&client, &out).unwrap(), exact);
+    // Rows that no stride walks.
+    let refused = weight_only_matmul(&client, &view.permute([1, 0, 2]), &w, None, DType::F32);
+    assert!(matches!(
+        refused,
+        Err(ProblemError::NotContiguous { argument: "x" })
+    ));
+}
+
+/// Training with fake-quantized weights computes what the low-bit product computes.
+#[test]
+fn fake_quantization_agrees_with_the_product() {
+    let client = client();
+    let size = [6, 40, 128];
+    let [m, n, k] = size;
+    let inputs = Inputs::new(size, DType::F32, 6);
+    let scheme = (Format::Int4, Granularity::Group(32), true);
+    let w = upload(&client, &inputs.w, [n, k], DType::F32).unwrap();
+    let fake = fake_quantize(&client, &w, scheme.0, scheme.1, scheme.2).unwrap();
+    let fake = download(&client, &fake).unwrap();
+    let exact = matmul(
+        |i, l| inputs.x[i * k + l].into(),
+        |j, l| fake[j * k + l].into(),
+        size,
+        &[],
+    );
+    let x = upload(&client, &inputs.x, [m, k], DType::F32).unwrap();
+    let w = quantized(&inputs.w, [n, k], scheme, DType::F32);
+    let out = weight_only_matmul(&client, &x, &w, None, DType::F32).unwrap();
+    expect_near(
+        &download(&client, &out).unwrap(),
+        &exact,
+        DType::F32,
+        "fake",
+    );
+}
+
+#[test]
+fn bad_arguments_are_refused() {
+    let client = client();
+    let zeros = |shape: [usize; 2]| {
+        upload(&client, &vec![0.0; shape[0] * shape[1]], shape, DType::F32).unwrap()
+    };
+    let x = zeros([3, 64]);
+    let w = |granularity| quantize(&client, &zeros([5, 64]), Format::Int8, granularity, false);
+    let rows = w(Granularity::Row).unwrap();
+
+    let other = quantize(
+        &client,
+        &zeros([5, 32]),
+        Format::Int8,
+        Granularity::Row,
+        false,
+    )
+    .unwrap();
+    let refused = weight_only_matmul(&client, &x, &other, None, DType::F32);
+    assert!(matches!(
+        refused,
+        Err(ProblemError::ShapeMismatch { argument: "w", .. })
+    ));
+    let refused = dynamic_matmul(&client, &x, &other, None, DType::F32);
+    assert!(matches!(
+        refused,
+        Err(ProblemError::ShapeMismatch { argument: "w", .. })
+    ));
+    let refused = quantized_matmul_backward(&client, &x, &rows);
+    assert!(matches!(
+        refused,
+        Err(ProblemError::ShapeMismatch { argument: "dy", .. })
+    ));
+
+    let bias = upload(&client, &[0.0; 4], [4], DType::F32).unwrap();
+    let refused = weight_only_matmul(&client, &x, &rows, Some(&bias), DType::F32);
+    assert!(matches!(
+        refused,
+        Err(ProblemError::ShapeMismatch {
+            argument: "bias",
+            ..
+        })
+    ));
+    let bias = upload(&client, &[0.0; 5], [5], DType::F16).unwrap();
+    let refused = weight_only_matmul(&client, &x, &rows, Some(&bias), DType::F32);
+    assert!(matches!(
+        refused,
+        Err(ProblemError::DTypeMismatch {
+            argument: "bias",
+            ..
+        })
+    ));
+
+    let columns = w(Granularity::Column).unwrap();
+    let refused = dynamic_matmul(&client, &x, &columns, None, DType::F32);
+    assert!(matches!(refused, Err(ProblemError::NotSupported { .. })));
+    let refused = quantized_matmul_backward(&client, &zeros([3, 5]), &columns);
+    assert!(matches!(refused, Err(ProblemError::NotSupported { .. })));
+
+    // Sums that could overflow.
+    let long = 133_145;
+    let x = quantize(
+        &client,
+        &zeros([1, long]),
+        Format::Int8,
+        Granularity::Row,
+        false,
+    )
+    .unwrap();
+    let refused = quantized_matmul(&client, &x, &x, None, DType::F32);
+    assert!(matches!(refused, Err(ProblemError::NotSupported { .. })));
+
+    // Blocks whose activations cannot be grouped.
+    let w = quantize(
+        &client,
+        &zeros([5, 100]),
+        Format::Fp8,
+        Granularity::Block,
+        false,
+    )
+    .unwrap();
+    let refused = dynamic_matmul(&client, &zeros([3, 100]), &w, None, DType::F32);
+    assert!(matches!(
+        refused,
+        Err(ProblemError::Group {
+            group: 128,
+            columns: 100
+        })
+    ));
+
+    let empty = DeviceTensor::new(zeros([1, 1]).handle().clone(), [0, 64], [64, 1], DType::F32);
+    let refused = weight_only_matmul(&client, &empty.unwrap(), &rows, None, DType::F32);
+    assert!(matches!(
+        refused,
+        Err(ProblemError::ZeroSize { argument: "x", .. })
+    ));
+}

@@ -1,0 +1,212 @@
+//! Gradients of the SLA operations, run on the device and through the reference.
+
+use cubesla::{
+    Client, DType, LinearMode, SlaBackwardOptions, SlaInputs, download, sla_backward,
+    sla2_backward, upload,
+};
+use cubesla_reference::attention::Causal;
+use cubesla_reference::{Tensor, attention, linear, relative_error, sla};
+
+use crate::backward::epsilon;
+use crate::case::{Inputs, exact, wide};
+use crate::plain;
+use crate::sla::{Combine, SlaCase, poison, reference_phi};
+
+/// The names of what [`SlaCase::run_backward`] returns; SLA2 has no bias.
+const NAMES: [&str; 5] = ["dq", "dk", "dv", "weights", "bias"];
+
+impl SlaCase {
+    /// Runs forward and backward on the device: `dQ`, `dK`, `dV`, then `dWl` and `dbl`, or the
+    /// gradient of the logits.
+    pub fn run_backward(
+        &self,
+        client: &Client,
+        inputs: &Inputs,
+        grad_out: &[f32],
+    ) -> Vec<Vec<f32>> {
+        let case = &self.attention;
+        let (tensors, critical) = case.upload_inputs(client, inputs);
+        let negligible = self.negligible_list(inputs).map(|list| list.upload(client));
+        let grad_out = case.upload(client, grad_out, case.out_shape());
+        let forward = self
+            .call(client, &tensors, &critical, negligible.as_ref(), true)
+            .expect("a valid forward");
+        let saved = forward.saved.expect("it was asked for");
+        let [q, k, v] = &tensors;
+        let inputs = SlaInputs {
+            q,
+            k,
+            v,
+            critical: &critical,
+            negligible: negligible.as_ref(),
+        };
+        let options = SlaBackwardOptions {
+            attention: case.options,
+            phi: self.phi,
+            linear: self.linear,
+        };
+        let weights = self.weights();
+        let dv = case.value_dim;
+        poison(client, case.q_shape().iter().product::<usize>() * 4);
+        let read = |x: &_| download(client, x).expect("the launch to succeed");
+        if self.combine == Combine::Sla {
+            let wl = upload(client, &weights.wl, [dv, dv], DType::F32).expect("a matrix");
+            let bl = upload(client, &weights.bl, [dv], DType::F32).expect("a vector");
+            let grads = sla_backward(client, inputs, &saved, &wl, &bl, &grad_out, &options)
+                .expect("a valid backward");
+            let mut all: Vec<_> = [&grads.dq, &grads.dk, &grads.dv].map(read).into();
+            all.push(download(client, &grads.dwl).expect("the launch to succeed"));
+            all.push(download(client, &grads.dbl).expect("the launch to succeed"));
+            return all;
+        }
+        let logits = upload(client, &weights.logits, self.logit_shape(), DType::F32);
+        let logits = logits.expect("logits");
+        let grads = sla2_backward(client, inputs, &saved, &logits, &grad_out, &options)
+            .expect("a valid backward");
+        let mut all: Vec<_> = [&grads.dq, &grads.dk, &grads.dv].map(read).into();
+        all.push(download(client, &grads.dalpha_logit).expect("the launch to succeed"));
+        all
+    }
+
+    /// Gradients of the branches' outputs, then those of the combination's weights.
+    fn combine_backward(
+        &self,
+        sparse: &Tensor,
+        branch: &Tensor,
+        dout: &Tensor,
+    ) -> ([Tensor; 2], Vec<Tensor>) {
+        let weights = self.weights();
+        let dv = self.attention.value_dim;
+        if self.combine == Combine::Sla {
+            let wl = Tensor::new([1, 1, dv, dv], wide(&weights.wl));
+            let grads = sla::combine_sla_backward(branch, &wl, dout);
+            return ([grads.sparse, grads.linear], vec![grads.wl, grads.bl]);
+        }
+        let block_q = self.attention.options.block_q;
+        let alpha = self.alpha();
+        let grads = sla::combine_sla2_backward(sparse, branch, &alpha, block_q, dout);
+        ([grads.sparse, grads.linear], vec![grads.logits])
+    }
+
+    /// Gradients of the logits that blocks share, from those of each block.
+    fn shared_logits(&self, of_blocks: &Tensor) -> Tensor {
+        let [rows, columns] = self.logit_shape();
+        let mut logits = Tensor::zeros([1, rows, columns, 1]);
+        let [_, heads, blocks, _] = of_blocks.shape();
+        for h in 0..heads {
+            for i in 0..blocks {
+                logits[[0, h.min(rows - 1), i.min(columns - 1), 0]] += of_blocks[[0, h, i, 0]];
+            }
+        }
+        logits
+    }
+
+    /// The relative error that gradients of logits may have. They are few, so that a plain
+    /// computation's error is left to chance: instead that of its terms, rounded to the case's type.
+    pub fn logit_bound(&self, exact: &Tensor, branches: [&Tensor; 2], dout: &Tensor) -> f64 {
+        let case = &self.attention;
+        let (alpha, block_q) = (self.alpha(), case.options.block_q);
+        let [batch, heads, len, _] = dout.shape();
+        let mut terms = 0.0;
+        for b in 0..batch {
+            for h in 0..heads {
+                for i in 0..len {
+                    let a = alpha[[0, h, i / block_q, 0]];
+                    for branch in branches {
+                        let pairs = dout.row(b, h, i).iter().zip(branch.row(b, h, i));
+                        terms += pairs
+                            .map(|(x, y)| (a * (1.0 - a) * x * y).powi(2))
+                            .sum::<f64>();
+                    }
+                }
+            }
+        }
+        let size = exact.data().iter().map(|x| x * x).sum::<f64>().sqrt();
+        // Sums of f32 numbers add some errors of their own.
+        let factor = if case.dtype == DType::F32 { 16.0 } else { 3.0 };
+        factor * epsilon(case.dtype) * terms.sqrt() / size
+    }
+
+    /// Runs the case and compares every gradient with the reference by the error rules.
+    pub fn check_backward(&self, client: &Client) {
+        let inputs = self.inputs();
+        let grad_out = self.attention.grad_out();
+        let found = self.run_backward(client, &inputs, &grad_out);
+        self.check_gradients(&inputs, &grad_out, &found);
+    }
+
+    /// Compares `found` with the reference by the error rules.
+    pub fn check_gradients(&self, inputs: &Inputs, grad_out: &[f32], found: &[Vec<f32>]) {
+        let case = &self.attention;
+        let (dtype, scale, none) = (case.dtype, case.scale(), Causal::None);
+        let phi = reference_phi(self.phi);
+        let ([q, k, v], critical) = case.reference_inputs(inputs);
+        let taken = self.linear_weights(inputs);
+        let dout = exact(grad_out, case.out_shape());
+
+        let sparse = attention::forward(&q, &k, &v, &critical, scale, none);
+        let branch = linear::forward(&q, &k, &v, phi, &taken, none);
+        let ([ds, dl], weights) = self.combine_backward(&sparse.out, &branch, &dout);
+        let s = attention::backward(&q, &k, &v, &critical, scale, none, &sparse, &ds);
+        let l = linear::backward(&q, &k, &v, phi, &taken, none, &branch, &dl);
+        let mut expected = vec![sum(&s.dq, &l.dq), sum(&s.dk, &l.dk), sum(&s.dv, &l.dv)];
+        expected.extend(weights);
+
+        let plain_sparse = plain::attention(&q, &k, &v, &critical, scale, none, dtype);
+        let plain_branch = plain::linear(&q, &k, &v, phi, &taken, none, dtype);
+        let ([ds, dl], weights) = self.combine_backward(&plain_sparse, &plain_branch, &dout);
+        let (ds, dl) = (plain::stored(&ds, dtype), plain::stored(&dl, dtype));
+        let s = plain::attention_backward(&q, &k, &v, &critical, scale, none, &ds, dtype);
+        let l = plain::linear_backward(&q, &k, &v, phi, &taken, &dl, dtype);
+        let mut plain: Vec<Tensor> = s
+            .iter()
+            .zip(&l)
+            .take(3)
+            .map(|(s, l)| plain::stored(&sum(s, l), dtype))
+            .collect();
+        plain.extend(weights);
+
+        assert_eq!(found.len(), expected.len());
+        for (at, found) in found.iter().enumerate() {
+            let mut bound = plain::gradient_bound(&plain[at], &expected[at], dtype);
+            let mut exact = expected[at].clone();
+            if at == 3 && self.combine != Combine::Sla {
+                exact = self.shared_logits(&exact);
+                bound = self.logit_bound(&exact, [&sparse.out, &branch], &dout);
+            }
+            let error = relative_error(&wide(found), exact.data());
+            assert!(
+                error <= bound,
+                "{}: {error:.2e} > {bound:.2e} in {self:?}",
+                NAMES[at]
+            );
+        }
+    }
+
+    /// Few enough blocks for their part of the sums to be subtracted, enough that they are not, and
+    /// all keys.
+    pub fn forms(self) -> [SlaCase; 3] {
+        let few = crate::AttentionCase {
+            key_len: 500,
+            lists: crate::Lists::TopK(2),
+            ..self.attention
+        };
+        [
+            self,
+            SlaCase {
+                attention: few,
+                ..self
+            },
+            SlaCase {
+                linear: LinearMode::Global,
+                ..self
+            },
+        ]
+    }
+}
+
+/// `a + b`.
+pub fn sum(a: &Tensor, b: &Tensor) -> Tensor {
+    let pairs = a.data().iter().zip(b.data());
+    Tensor::new(a.shape(), pairs.map(|(x, y)| x + y).collect())
+}
