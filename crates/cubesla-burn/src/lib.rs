@@ -1,0 +1,59 @@
+//! Sparse and linear attention for [Burn](https://burn.dev): CubeSLA's kernels as operations with
+//! gradients, and modules made of them.
+//!
+//! Functions take and return Burn's tensors on any device of a CubeCL runtime, with Burn's fusion and
+//! without, and are differentiable under its autodiff. Each comes twice: `try_name` returns an
+//! [`Error`], `name` panics with its message.
+//!
+//! | | gradient |
+//! |---|---|
+//! | [`block_sparse_attention`] | the library's kernels |
+//! | [`sla`], [`sla2`] | the library's kernels |
+//! | [`soft_top_k`] | the library's kernel |
+//! | [`linear_attention`] | Burn's operations; the causal form has none |
+//! | [`route`], [`top_k`] | none, and tracked weights or rows are refused |
+//!
+//! Modules: [`SparseLinearAttention`], [`LinearAttention`], [`SlaMultiHeadAttention`].
+
+#[cfg(not(any(feature = "wgpu", feature = "cuda")))]
+compile_error!("cubesla-burn needs a runtime: enable the feature `wgpu`, `vulkan` or `cuda`");
+
+mod attention;
+mod block_list;
+mod blocks;
+mod convert;
+mod error;
+mod linear;
+mod modules;
+mod ops;
+mod router;
+mod select;
+mod sla;
+
+/// Burn's macros expand to paths in `burn::backend`; this one has `fusion` in it whether or not the
+/// application turned Burn's fusion on.
+#[doc(hidden)]
+pub mod shim {
+    #[doc(hidden)]
+    pub mod backend {
+        pub use burn_core::backend::*;
+        pub use burn_fusion as fusion;
+    }
+}
+
+pub use attention::{AttentionOutput, block_sparse_attention, try_block_sparse_attention};
+pub use block_list::BlockList;
+pub use blocks::Blocks;
+pub use cubesla::{
+    AttentionOptions, Causal, FeatureMap, HostBlockList, LinearMode, ProblemError, TopKOrder,
+};
+pub use error::Error;
+pub use linear::{linear_attention, try_linear_attention};
+pub use modules::{
+    FeatureMapConfig, LinearAttention, LinearAttentionConfig, LinearModeConfig, SlaMhaInput,
+    SlaMhaOutput, SlaMultiHeadAttention, SlaMultiHeadAttentionConfig, SlaVariant,
+    SparseLinearAttention, SparseLinearAttentionConfig,
+};
+pub use router::{RouterOptions, RouterWeights, Routing, route, try_route};
+pub use select::{soft_top_k, top_k, try_soft_top_k, try_top_k};
+pub use sla::{SlaOptions, sla, sla2, try_sla, try_sla2};

@@ -1,0 +1,17 @@
+//! The operations and modules on a device of CubeCL's, against the formulas in Burn's operations and
+//! their gradients by Burn's autodiff.
+//!
+//! `cargo test -p cubesla-burn`, and again with `--features fusion`; `CUBESLA_DEVICE` chooses the
+//! device.
+
+mod attention;
+mod common;
+mod errors;
+mod formula;
+mod linear;
+mod modules;
+mod records;
+mod router;
+mod select;
+mod sla;
+mod training;
