@@ -1,0 +1,102 @@
+//! `cargo xtask`: how the workspace is run, tested, checked and measured.
+
+mod cuda;
+mod device;
+mod links;
+mod step;
+mod workspace;
+
+use std::env;
+use std::error::Error;
+use std::process::ExitCode;
+
+use workspace::{cargo, cubesla};
+
+type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+
+const USAGE: &str = "\
+Usage: cargo xtask <command>
+
+  demo [args]        run `cubesla demo`
+  report [args]      run `cubesla report`
+  bench [args]       run `cubesla bench`, optimised
+  test [args]        run all tests, on a GPU or on software Vulkan, then `cuda`
+  cuda               compile the CUDA kernels for each architecture, with no GPU, and judge them
+  ci [--after-test]  run `test` unless it was run, then format, lints, documentation and links
+
+demo, report, bench and test install software Vulkan first if the machine has no device (Debian, Ubuntu).";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let Some((command, args)) = args.split_first() else {
+        return Err(USAGE.into());
+    };
+    workspace::provide_runtime_folder()?;
+    match (command.as_str(), args) {
+        ("demo" | "report", args) => {
+            device::ensure(false)?;
+            step::run(cubesla(false).arg(command).args(args))
+        }
+        ("bench", args) => {
+            device::ensure(true)?;
+            step::run(cubesla(true).arg("bench").args(args))
+        }
+        ("test", args) => test(args),
+        ("cuda", []) => cuda::check(),
+        ("ci", []) => {
+            test(&[])?;
+            checks()
+        }
+        ("ci", [flag]) if flag == "--after-test" => checks(),
+        ("help" | "--help" | "-h", _) => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        _ => Err(format!("cannot do `{command} {}`\n\n{USAGE}", args.join(" ")).into()),
+    }
+}
+
+fn test(args: &[String]) -> Result {
+    device::ensure(false)?;
+    let mut tests = cargo("test");
+    if env::var_os("RUST_TEST_THREADS").is_none() {
+        // Each test keeps all cores of a software device busy.
+        tests.env("RUST_TEST_THREADS", "2");
+    }
+    step::run(tests.arg("--workspace").args(args))?;
+    if cfg!(target_os = "linux") {
+        cuda::check()
+    } else {
+        println!("No CUDA check: it needs Linux.");
+        Ok(())
+    }
+}
+
+/// What CI checks besides the tests.
+fn checks() -> Result {
+    step::run(cargo("fmt").args(["--all", "--check"]))?;
+    let deny = ["--", "-D", "warnings"];
+    step::run(
+        cargo("clippy")
+            .args(["--workspace", "--all-targets"])
+            .args(deny),
+    )?;
+    step::run(
+        cargo("doc")
+            .args(["--workspace", "--no-deps"])
+            .env("RUSTDOCFLAGS", "-D warnings"),
+    )?;
+    step::timed("Links of the documentation", || {
+        links::check(&workspace::root())
+    })
+}
