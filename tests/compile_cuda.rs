@@ -5,10 +5,11 @@
 
 use cubesla::{
     AttentionOptions, Client, Critical, DType, FeatureMap, Format, Granularity, InverseBlockList,
-    LinearMode, LowBitValues, RouterOptions, TopKOrder, dynamic_matmul, fake_quantize,
+    LinearMode, Precision, RouterOptions, TopKOrder, dynamic_matmul, fake_quantize,
     linear_attention, low_bit_attention, quantize, quantized_matmul_backward, route, select_blocks,
     soft_top_k, soft_top_k_backward, top_k, upload, weight_only_matmul,
 };
+use harness::low_bit::FORMATS;
 use harness::sla::Combine;
 use harness::soft::SoftCase;
 use harness::{AttentionCase, SlaCase};
@@ -62,6 +63,7 @@ fn compile_both_branches(client: &Client, attention: AttentionCase) {
                 phi: FeatureMap::Softmax,
                 linear,
                 combine,
+                precision: Precision::Full,
             };
             let (inputs, grad_out) = (case.inputs(), attention.grad_out());
             case.run_backward(client, &inputs, &grad_out);
@@ -78,6 +80,11 @@ fn compile_sla(client: &Client, case: &SlaCase) {
     for save in [false, true] {
         case.run(client, &inputs, save);
     }
+    let low_bit = SlaCase {
+        precision: Precision::Int8Fp8,
+        ..*case
+    };
+    low_bit.run(client, &inputs, true);
     let ([q, k, v], _) = case.attention.upload_inputs(client, &inputs);
     linear_attention(client, &q, &k, &v, case.phi, false).expect("a valid call");
     linear_attention(client, &q, &q, &q, case.phi, true).expect("a valid call");
@@ -111,7 +118,7 @@ fn compile_selection(client: &Client) {
 
 /// Low-bit attention of narrow and wide heads.
 fn compile_low_bit_scores(client: &Client) {
-    for (dim, values) in [(64, LowBitValues::Full), (128, LowBitValues::Fp8)] {
+    for (dim, formats) in [64, 64, 128, 128].into_iter().zip(FORMATS) {
         let case = AttentionCase {
             head_dim: dim,
             value_dim: dim,
@@ -121,7 +128,7 @@ fn compile_low_bit_scores(client: &Client) {
         };
         let inputs = case.inputs();
         let ([q, k, v], list) = case.upload_inputs(client, &inputs);
-        low_bit_attention(client, &q, &k, &v, &list, &case.options, values).expect("a valid call");
+        low_bit_attention(client, &q, &k, &v, &list, &case.options, formats).expect("a valid call");
     }
 }
 

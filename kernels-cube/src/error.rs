@@ -214,6 +214,21 @@ pub enum ProblemError {
         /// Bytes allowed.
         limit: usize,
     },
+    /// A kernel has more buffers than the device binds.
+    #[error(
+        "{operation} binds {buffers} buffers at once, and {device} at most {limit}: use another \
+         device or graphics API; Vulkan, Metal and DirectX 12 have more than OpenGL"
+    )]
+    Bindings {
+        /// The operation.
+        operation: &'static str,
+        /// Name of the device.
+        device: String,
+        /// Buffers of the kernel.
+        buffers: usize,
+        /// Buffers allowed.
+        limit: usize,
+    },
     /// A software device would leave a kernel's loops early.
     #[error(
         "{operation} may take {iterations} loop iterations in one invocation, and llvmpipe stops \

@@ -45,6 +45,24 @@ pub(crate) fn expect_loop_budget(
     })
 }
 
+/// An error unless a kernel may have so many `buffers`; CubeCL adds one of its own.
+pub(crate) fn expect_bindings(
+    device: &DeviceProperties,
+    operation: &'static str,
+    buffers: usize,
+) -> Result<(), ProblemError> {
+    let limit = (device.hardware.max_bindings as usize).saturating_sub(1);
+    if buffers <= limit {
+        return Ok(());
+    }
+    Err(ProblemError::Bindings {
+        operation,
+        device: device.identity.name.clone(),
+        buffers,
+        limit,
+    })
+}
+
 /// A grid of cubes, each axis with what it counts, or an error if an axis is too long.
 pub(crate) fn grid(
     device: &DeviceProperties,

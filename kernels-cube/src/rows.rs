@@ -63,6 +63,36 @@ pub struct RowTarget {
     pub end_column: u32,
 }
 
+/// Fills the rows and columns of `tile` that exist with what [`store_rows`] wrote.
+#[cube]
+pub(crate) fn read_rows<F: Float, V: Size, Fr: Fragment>(
+    tile: &mut Fr,
+    from: &[Vector<F, V>],
+    target: RowTarget,
+    #[comptime] width: usize,
+) {
+    let tile_cols = tile.cols();
+    let run = tile.run();
+    let runs = comptime!(tile_cols / run);
+    #[unroll]
+    for r in 0..tile.rows() {
+        if tile.row(r) < target.len {
+            let start = (target.first_row + tile.row(r) as usize) * width;
+            #[unroll]
+            for g in 0..runs {
+                let col = target.first_column + tile.col(comptime!(g * run));
+                if col < target.end_column {
+                    let values = from[(start + col as usize) / run];
+                    #[unroll]
+                    for e in 0..run {
+                        tile.set(r, comptime!(g * run + e), f32::cast_from(values.extract(e)));
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Writes the rows and columns of `tile` that exist to a tensor of that `width`.
 #[cube]
 pub fn store_rows<F: Float, V: Size, Fr: Fragment>(

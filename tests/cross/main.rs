@@ -11,4 +11,5 @@ mod router;
 mod select;
 mod sla;
 mod sla_backward;
+mod sla_low_bit;
 mod soft;

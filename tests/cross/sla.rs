@@ -2,8 +2,8 @@
 
 use cubesla::{
     AttentionOptions, Blocks, Causal, DType, DeviceTensor, Error, FeatureMap, HostBlockList,
-    LinearMode, Precision, ProblemError, RouterOptions, SlaOptions, download, sla_forward,
-    sla2_forward, upload,
+    LinearMode, ProblemError, RouterOptions, SlaOptions, download, sla_forward, sla2_forward,
+    upload,
 };
 use cubesla_reference::{attention, relative_error};
 use harness::case::wide;
@@ -91,6 +91,7 @@ fn blocks_of_whole_warpgroups() {
                 linear,
                 combine,
                 phi: FeatureMap::ALL[block_k / 16 % 4],
+                ..SlaCase::default()
             });
         }
     }
@@ -588,6 +589,7 @@ proptest! {
             phi,
             linear: if global { LinearMode::Global } else { LinearMode::Complement },
             combine,
+            ..SlaCase::default()
         });
     }
 }
@@ -623,11 +625,6 @@ fn bad_arguments_are_named() {
         assert!(text.contains("`alpha_logit`"), "{text}");
     }
     let one = tensor([1, 1]);
-    let low = SlaOptions {
-        precision: Precision::Int8Fp8,
-        ..fine
-    };
-    assert!(sla2(&one, &low).contains("Int8Fp8"));
     let causal = SlaOptions {
         attention: AttentionOptions {
             causal: Causal::TopLeft,

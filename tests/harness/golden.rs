@@ -1,6 +1,6 @@
 //! The problems whose plans are written down, and whose kernels are compiled for every architecture.
 
-use cubesla::{AttentionOptions, Causal, DType, FeatureMap, LinearMode};
+use cubesla::{AttentionOptions, Causal, DType, FeatureMap, LinearMode, Precision};
 
 use crate::sla::Combine;
 use crate::{AttentionCase, Lists, SlaCase};
@@ -89,6 +89,7 @@ pub fn sla_cases() -> Vec<SlaCase> {
                 phi,
                 linear,
                 combine,
+                precision: Precision::Full,
             });
         }
     }

@@ -8,6 +8,7 @@ pub mod backward;
 pub mod case;
 pub mod device;
 pub mod golden;
+pub mod low_bit;
 pub mod plain;
 pub mod quantize;
 pub mod select;

@@ -2,7 +2,7 @@
 
 use cubesla::{
     BlockList, Blocks, Client, DType, DeviceTensor, Error, FeatureMap, HostBlockList, LinearMode,
-    SlaOptions, SlaResult, download, sla_forward, sla2_forward, upload,
+    Precision, SlaOptions, SlaResult, download, sla_forward, sla2_forward, upload,
 };
 use cubesla_reference::blocks::BlockWeights;
 use cubesla_reference::{Tensor, attention, linear, relative_error, sla};
@@ -46,6 +46,8 @@ pub struct SlaCase {
     pub linear: LinearMode,
     /// The combination.
     pub combine: Combine,
+    /// Arithmetic of the sparse branch.
+    pub precision: Precision,
 }
 
 impl Default for SlaCase {
@@ -56,6 +58,7 @@ impl Default for SlaCase {
             phi: FeatureMap::Softmax,
             linear: LinearMode::Complement,
             combine: Combine::LogitPerBlock,
+            precision: Precision::Full,
         }
     }
 }
@@ -176,6 +179,7 @@ impl SlaCase {
             },
             phi: self.phi,
             linear: self.linear,
+            precision: self.precision,
             save,
             ..SlaOptions::sla()
         };
@@ -272,7 +276,7 @@ impl SlaCase {
     }
 
     /// The branches combined as the reference does.
-    fn combined(&self, sparse: &Tensor, branch: &Tensor) -> Tensor {
+    pub fn combined(&self, sparse: &Tensor, branch: &Tensor) -> Tensor {
         let weights = self.weights();
         let dv = self.attention.value_dim;
         if self.combine == Combine::Sla {

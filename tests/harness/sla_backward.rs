@@ -137,6 +137,21 @@ impl SlaCase {
 
     /// Compares `found` with the reference by the error rules.
     pub fn check_gradients(&self, inputs: &Inputs, grad_out: &[f32], found: &[Vec<f32>]) {
+        let ([q, k, v], critical) = self.attention.reference_inputs(inputs);
+        let scale = self.attention.scale();
+        let sparse = attention::forward(&q, &k, &v, &critical, scale, Causal::None);
+        self.check_gradients_of(&sparse, inputs, grad_out, found);
+    }
+
+    /// Compares `found` with the reference by the error rules, where `sparse` is what the forward's
+    /// sparse branch gave.
+    pub fn check_gradients_of(
+        &self,
+        sparse: &attention::Forward,
+        inputs: &Inputs,
+        grad_out: &[f32],
+        found: &[Vec<f32>],
+    ) {
         let case = &self.attention;
         let (dtype, scale, none) = (case.dtype, case.scale(), Causal::None);
         let phi = reference_phi(self.phi);
@@ -144,10 +159,9 @@ impl SlaCase {
         let taken = self.linear_weights(inputs);
         let dout = exact(grad_out, case.out_shape());
 
-        let sparse = attention::forward(&q, &k, &v, &critical, scale, none);
         let branch = linear::forward(&q, &k, &v, phi, &taken, none);
         let ([ds, dl], weights) = self.combine_backward(&sparse.out, &branch, &dout);
-        let s = attention::backward(&q, &k, &v, &critical, scale, none, &sparse, &ds);
+        let s = attention::backward(&q, &k, &v, &critical, scale, none, sparse, &ds);
         let l = linear::backward(&q, &k, &v, phi, &taken, none, &branch, &dl);
         let mut expected = vec![sum(&s.dq, &l.dq), sum(&s.dk, &l.dk), sum(&s.dv, &l.dv)];
         expected.extend(weights);

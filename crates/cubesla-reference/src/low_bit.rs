@@ -1,11 +1,11 @@
-//! Attention with scores in INT8 and, if asked for, weights and values in FP8.
+//! Attention with scores in INT8 or FP8 and, if asked for, weights and values in FP8.
 //!
 //! ```text
-//! K'   = K - mean(K)                            over the keys of a head
-//! Q8   = INT8 of each block_q rows of Q, scale sQ;  K8 of each block_k rows of K', scale sK
+//! K'   = K - mean(K)                            over the keys of a head, if smoothed
+//! Q8   = codes of each block_q rows of Q, scale sQ;  K8 of each block_k rows of K', scale sK
 //! S_ij = scale sQ sK Q8_i . K8_j                P_ij = exp(S_ij - max_l S_il)
 //! O_i  = sum_j P_ij V_j / sum_j P_ij            in FP8: fp8(448 P_ij) / 448, V in FP8 by columns
-//! L_i  = max_l S_il + ln sum_j P_ij + scale Q_i . mean(K)
+//! L_i  = max_l S_il + ln sum_j P_ij + scale Q_i . mean(K), the last if smoothed
 //! ```
 //!
 //! Sources: SageAttention2++ (arXiv 2505.21136), SLA2 (arXiv 2602.12675). A kernel that goes over the
@@ -37,7 +37,18 @@ fn low_bit(x: &Tensor, format: Format, region: [usize; 2]) -> Tensor {
     out
 }
 
-/// Attention over the blocks whose weight is 1; `fp8` for weights and values in FP8.
+/// What is in low bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Formats {
+    /// Format of queries and keys, INT8 or FP8.
+    pub scores: Format,
+    /// Whether weights and values are FP8.
+    pub fp8_values: bool,
+    /// Whether the mean key is taken from the keys first, as the kernels do.
+    pub smooth: bool,
+}
+
+/// Attention over the blocks whose weight is 1.
 pub fn forward(
     q: &Tensor,
     k: &Tensor,
@@ -45,17 +56,21 @@ pub fn forward(
     weights: &BlockWeights,
     scale: f64,
     causal: Causal,
-    fp8: bool,
+    formats: Formats,
 ) -> Forward {
     let [batch, heads, query_len, dim] = q.shape();
     let [_, kv_heads, key_len, value_dim] = v.shape();
-    let mean = mean_pool(k, key_len);
+    let mean = if formats.smooth {
+        mean_pool(k, key_len)
+    } else {
+        Tensor::zeros([batch, kv_heads, 1, dim])
+    };
     let smooth = Tensor::from_fn(k.shape(), |[b, h, j, d]| {
         k[[b, h, j, d]] - mean[[b, h, 0, d]]
     });
-    let q8 = low_bit(q, Format::Int8, [weights.block_q, dim]);
-    let k8 = low_bit(&smooth, Format::Int8, [weights.block_k, dim]);
-    let values = if fp8 {
+    let q8 = low_bit(q, formats.scores, [weights.block_q, dim]);
+    let k8 = low_bit(&smooth, formats.scores, [weights.block_k, dim]);
+    let values = if formats.fp8_values {
         low_bit(v, Format::Fp8, [key_len, 1])
     } else {
         v.clone()
@@ -80,7 +95,7 @@ pub fn forward(
                 }
                 for &(j, s) in &scores {
                     let mut p = (s - max).exp();
-                    if fp8 {
+                    if formats.fp8_values {
                         p = decode_e4m3(encode_e4m3((448.0 * p) as f32)) / 448.0;
                     }
                     axpy(out.row_mut(b, h, i), p / sum, values.row(b, kv, j));
@@ -107,11 +122,28 @@ mod tests {
         let v = Tensor::from_fn([1, 1, 24, 8], value);
         let dense = BlockWeights::dense([1, 2, 20, 24], 8, 8);
         let exact = attention::forward(&q, &k, &v, &dense, 0.25, Causal::TopLeft);
-        for (fp8, bound) in [(false, 0.02), (true, 0.06)] {
-            let low = forward(&q, &k, &v, &dense, 0.25, Causal::TopLeft, fp8);
+        let smooth = true;
+        for (scores, fp8_values, bound) in [
+            (Format::Int8, false, 0.02),
+            (Format::Int8, true, 0.06),
+            (Format::Fp8, true, 0.12),
+        ] {
+            let formats = Formats {
+                scores,
+                fp8_values,
+                smooth,
+            };
+            let low = forward(&q, &k, &v, &dense, 0.25, Causal::TopLeft, formats);
             let error = relative_error(low.out.data(), exact.out.data());
-            assert!(error > 1e-6 && error < bound, "{error}");
+            assert!(error > 1e-6 && error < bound, "{error} in {formats:?}");
             assert!(relative_error(low.lse.data(), exact.lse.data()) < 1e-2);
+            // Far from zero, little of the keys' differences is left without smoothing.
+            let rough = Formats {
+                smooth: false,
+                ..formats
+            };
+            let rough = forward(&q, &k, &v, &dense, 0.25, Causal::TopLeft, rough);
+            assert!(relative_error(rough.out.data(), exact.out.data()) > error);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use cubecl::client::Client;
 use cubesla_kernels::attention::{
-    BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LowBitValues, launch_low_bit,
+    BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LowBitFormats, launch_low_bit,
 };
 use cubesla_kernels::{AttentionOptions, AttentionProblem, BlockList, DType, DeviceTensor};
 
@@ -64,9 +64,9 @@ pub fn block_sparse_attention(
     Ok(AttentionOutput { out, lse })
 }
 
-/// [`block_sparse_attention`] with scores in INT8 and values in their own type or in FP8.
+/// [`block_sparse_attention`] with scores in INT8 or FP8, and values in their own type or in FP8.
 ///
-/// Keys are smoothed (`K - mean(K)`, per head), queries and keys quantized to INT8 with a scale to each
+/// Keys are smoothed (`K - mean(K)`, per head), queries and keys quantized with a scale to each
 /// block, values to FP8 with a scale to each column. The log-sum-exp is that of the unsmoothed scores.
 /// Arguments and results are those of [`block_sparse_attention`]; on unit normals the output has a
 /// cosine of at least 0.999 with the exact one and a relative L1 difference of at most 0.05.
@@ -87,7 +87,7 @@ pub fn low_bit_attention(
     v: &DeviceTensor<4>,
     list: &BlockList,
     options: &AttentionOptions,
-    values: LowBitValues,
+    formats: LowBitFormats,
 ) -> Result<AttentionOutput, Error> {
     let problem = AttentionProblem::new(q, k, v, options)?;
     let out = DeviceTensor::empty(client, problem.out_shape(), problem.dtype());
@@ -101,7 +101,7 @@ pub fn low_bit_attention(
         &problem,
         ForwardInputs { q, k, v, list },
         outputs,
-        values,
+        formats,
     )?;
     Ok(AttentionOutput { out, lse })
 }

@@ -17,7 +17,7 @@ pub use attention::{
 };
 pub use cubecl::Device;
 pub use cubecl::client::Client;
-pub use cubesla_kernels::attention::LowBitValues;
+pub use cubesla_kernels::attention::{LowBitFormats, LowBitScores, LowBitValues};
 pub use cubesla_kernels::linear::{FeatureMap, feature_rows};
 pub use cubesla_kernels::matmul::{
     dynamic_matmul, quantized_matmul, quantized_matmul_backward, weight_only_matmul,
@@ -30,7 +30,7 @@ pub use cubesla_kernels::select::{
     BlockSelection, Critical, MAX_ROW, TopK, TopKOrder, select_blocks, soft_top_k,
     soft_top_k_backward, top_k,
 };
-pub use cubesla_kernels::sla::{LinearMode, SlaInputs, SlaSaved, SoftInputs};
+pub use cubesla_kernels::sla::{LinearMode, Precision, SlaInputs, SlaSaved, SoftInputs};
 pub use cubesla_kernels::{
     AttentionOptions, AttentionProblem, BlockList, Causal, DType, DeviceTensor, InverseBlockList,
     ProblemError,
@@ -40,8 +40,8 @@ pub use host_list::{Bsr, FlexBlocks, HostBlockList, IndexNumber};
 pub use linear::linear_attention;
 pub use router::{RouterOptions, Routing, route};
 pub use sla::{
-    Blocks, Precision, Sla2Gradients, SlaBackwardOptions, SlaGradients, SlaOptions, SlaResult,
-    sla_backward, sla_forward, sla2_backward, sla2_forward,
+    Blocks, Sla2Gradients, SlaBackwardOptions, SlaGradients, SlaOptions, SlaResult, sla_backward,
+    sla_forward, sla2_backward, sla2_forward,
 };
 pub use soft::{
     Sla2SoftGradients, Sla2SoftOutput, SoftAttentionGradients, router_backward, sla2_soft_backward,

@@ -12,7 +12,7 @@ use cubesla_kernels::attention::{
     self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
 };
 use cubesla_kernels::linear::FeatureMap;
-use cubesla_kernels::sla::{self, Combination, LinearMode, SlaInputs, SlaOutput};
+use cubesla_kernels::sla::{self, Combination, LinearMode, Precision, SlaInputs, SlaOutput};
 use cubesla_kernels::{AttentionProblem, ProblemError};
 
 /// How block-sparse attention's forward is run.
@@ -134,6 +134,8 @@ impl fmt::Display for ForwardPlan {
 pub struct SlaPlan {
     /// The engine; tiles of the portable kernels are chosen when they are launched.
     pub engine: SlaEngine,
+    /// Arithmetic of the sparse branch.
+    pub precision: Precision,
     /// Faster engines, and why they cannot run the problem.
     pub passed_over: Vec<(&'static str, &'static str)>,
 }
@@ -151,21 +153,31 @@ pub enum SlaEngine {
 impl SlaPlan {
     /// The plan for `problem`; `projects` for SLA, whose linear branch is projected.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
-    pub fn new(problem: &AttentionProblem, device: &DeviceProperties, projects: bool) -> Self {
-        #[cfg(feature = "cuda")]
-        let passed_over = match cubesla_cuda::sla::WgmmaSlaPlan::new(problem, device, projects) {
-            Ok(plan) => {
-                return Self {
-                    engine: SlaEngine::Wgmma(plan),
-                    passed_over: Vec::new(),
-                };
+    pub fn new(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+        projects: bool,
+        precision: Precision,
+    ) -> Self {
+        let (engine, passed_over) = match precision {
+            #[cfg(feature = "cuda")]
+            Precision::Full => {
+                match cubesla_cuda::sla::WgmmaSlaPlan::new(problem, device, projects) {
+                    Ok(plan) => (SlaEngine::Wgmma(plan), Vec::new()),
+                    Err(reason) => (SlaEngine::Tile, vec![("wgmma", reason)]),
+                }
             }
-            Err(reason) => vec![("wgmma", reason)],
+            #[cfg(feature = "cuda")]
+            _ => {
+                let reason = "only the portable engine has low-bit products";
+                (SlaEngine::Tile, vec![("wgmma", reason)])
+            }
+            #[cfg(not(feature = "cuda"))]
+            _ => (SlaEngine::Tile, Vec::new()),
         };
-        #[cfg(not(feature = "cuda"))]
-        let passed_over = Vec::new();
         Self {
-            engine: SlaEngine::Tile,
+            engine,
+            precision,
             passed_over,
         }
     }
@@ -198,9 +210,16 @@ impl SlaPlan {
                     save,
                 )
             }
-            SlaEngine::Tile => {
-                sla::sla_forward(client, problem, inputs, combination, phi, mode, save)
-            }
+            SlaEngine::Tile => sla::sla_forward(
+                client,
+                problem,
+                inputs,
+                combination,
+                phi,
+                mode,
+                self.precision,
+                save,
+            ),
         }
     }
 }

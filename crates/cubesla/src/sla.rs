@@ -3,7 +3,7 @@
 use cubecl::client::Client;
 use cubesla_kernels::linear::FeatureMap;
 use cubesla_kernels::sla::{
-    self, Combination, CombinationGradients, LinearMode, SlaInputs, SlaSaved,
+    self, Combination, CombinationGradients, LinearMode, Precision, SlaInputs, SlaSaved,
 };
 use cubesla_kernels::{AttentionOptions, AttentionProblem, BlockList, DeviceTensor, ProblemError};
 
@@ -23,18 +23,6 @@ pub enum Blocks<'a> {
         /// Blocks left out, disjoint from the critical ones; the rest is marginal.
         negligible: Option<&'a BlockList>,
     },
-}
-
-/// Arithmetic of the sparse branch.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// That of the inputs.
-    #[default]
-    Full,
-    /// Scores in INT8, values in FP8.
-    Int8Fp8,
-    /// Both in FP8.
-    Fp8,
 }
 
 /// What a caller chooses about [`sla_forward`] and [`sla2_forward`].
@@ -150,14 +138,6 @@ fn forward(
     options: &SlaOptions<'_>,
 ) -> Result<SlaResult, Error> {
     let problem = AttentionProblem::new(q, k, v, &options.attention)?;
-    if options.precision != Precision::Full {
-        return Err(ProblemError::NotSupported {
-            what: format!("precision {:?}", options.precision),
-            why: "the low-bit sparse branch is not combined with the linear one yet; use \
-                  Precision::Full, or low_bit_attention for the sparse branch alone",
-        }
-        .into());
-    }
     let (critical, negligible) = match options.blocks {
         Blocks::Routed(router) => {
             let routing = route(client, q, k, &options.attention, &router)?;
@@ -176,7 +156,7 @@ fn forward(
         negligible: negligible.as_ref(),
     };
     let projects = matches!(combination, Combination::Sla { .. });
-    let plan = SlaPlan::new(&problem, client.properties(), projects);
+    let plan = SlaPlan::new(&problem, client.properties(), projects, options.precision);
     let branch = (options.phi, options.linear);
     let output = plan.launch(client, &problem, inputs, combination, branch, options.save)?;
     Ok(SlaResult {

@@ -23,7 +23,8 @@ pub use backward::{
 };
 pub(crate) use backward::{WeightJob, WeightTerm};
 
-pub use low_bit::{LowBitValues, launch_low_bit};
+pub(crate) use low_bit::low_bit_tile;
+pub use low_bit::{LowBitFormats, LowBitScores, LowBitValues, launch_low_bit};
 
 use std::fmt;
 

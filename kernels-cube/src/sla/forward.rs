@@ -1,4 +1,5 @@
-//! Both branches and their combination in one kernel, which writes nothing but the result.
+//! Both branches and their combination in one kernel, which writes nothing but the result; or the
+//! linear branch and the combination, where the sparse branch was computed in low bits before.
 
 use cubecl::prelude::*;
 
@@ -6,7 +7,7 @@ use crate::block_list::{BlockListView, BlockRow, KeyWalk};
 use crate::engine::*;
 use crate::linear::{FeatureMap, OutputConfig, divide_rows, multiply_state};
 use crate::mask::{TileWindow, scale_and_mask};
-use crate::rows::{RowRange, RowTarget, store_rows};
+use crate::rows::{RowRange, RowTarget, read_rows, store_rows};
 use crate::softmax::OnlineSoftmax;
 
 /// How the linear branch comes by its sums over keys.
@@ -42,6 +43,8 @@ pub(crate) struct SlaConfig {
     /// Whether there is a second list: negligible blocks to subtract, or marginal ones to add.
     pub second: bool,
     pub combine: Combine,
+    /// Whether the sparse branch is read, not computed.
+    pub given: bool,
     /// Whether the branches and the log-sum-exp are written too.
     pub save: bool,
 }
@@ -58,10 +61,11 @@ pub(crate) struct SlaScalars {
     pub logit_block: u32,
 }
 
-/// Tensors of the linear branch.
+/// `O`, and what is saved of the branches.
 #[derive(CubeType, CubeLaunch)]
 pub(crate) struct SlaOutputs<F: Float, V: Size> {
     pub out: Box<[Vector<F, V>]>,
+    /// An input where the sparse branch is given: devices have few bindings to spare.
     pub sparse: Box<[Vector<F, V>]>,
     pub linear: Box<[Vector<F, V>]>,
     pub lse: Box<[f32]>,
@@ -109,18 +113,6 @@ pub(crate) fn sla_forward_kernel<E: TileEngine<F>, F: Float, N: Size, V: Size>(
         let critical_row = critical.row(head_index as u32, query_block);
         let mut branches = Branches::<E, F>::new(config);
         branches.load_queries::<N>(q, queries);
-        branches.attend::<N>(k, v, phi_k, critical, critical_row, place, scalars);
-        let mut listed = critical_row.count;
-        if config.second {
-            let second_row = second.row(head_index as u32, query_block);
-            branches.walk_second::<N>(v, phi_k, second, second_row, place, scalars);
-            listed += second_row.count;
-        }
-        // Without a marginal block the subtraction leaves rounding errors, not zeros.
-        let key_blocks = (k.shape(2) as u32).div_ceil(comptime!(config.block_k as u32));
-        let marginal = listed < key_blocks || comptime!(config.form != LinearForm::Subtract);
-        branches.finish::<N>(h, z, place, marginal);
-
         let target = RowTarget {
             first_row: head_index * q.shape(2) + first_query as usize,
             len: end_query - first_query,
@@ -128,9 +120,30 @@ pub(crate) fn sla_forward_kernel<E: TileEngine<F>, F: Float, N: Size, V: Size>(
             end_column: comptime!(config.value_dim as u32),
         };
         let width = config.value_dim;
+        if config.given {
+            read_rows::<F, V, E::Fragment>(&mut branches.sparse, &outputs.sparse, target, width);
+            if comptime!(config.form == LinearForm::Subtract) {
+                branches.walk_linear::<N>(v, phi_k, critical, critical_row, place, scalars);
+            }
+        } else {
+            branches.attend::<N>(k, v, phi_k, critical, critical_row, place, scalars);
+        }
+        let mut listed = critical_row.count;
+        if config.second {
+            let second_row = second.row(head_index as u32, query_block);
+            branches.walk_linear::<N>(v, phi_k, second, second_row, place, scalars);
+            listed += second_row.count;
+        }
+        // Without a marginal block the subtraction leaves rounding errors, not zeros.
+        let key_blocks = (k.shape(2) as u32).div_ceil(comptime!(config.block_k as u32));
+        let marginal = listed < key_blocks || comptime!(config.form != LinearForm::Subtract);
+        branches.finish::<N>(h, z, place, marginal);
+
         if config.save {
-            store_rows::<F, V, E::Fragment>(&mut outputs.sparse, &branches.sparse, target, width);
             store_rows::<F, V, E::Fragment>(&mut outputs.linear, &branches.linear, target, width);
+        }
+        if comptime!(config.save && !config.given) {
+            store_rows::<F, V, E::Fragment>(&mut outputs.sparse, &branches.sparse, target, width);
             #[unroll]
             for r in 0..branches.sparse.rows() {
                 let row = branches.sparse.row(r);
@@ -188,12 +201,11 @@ struct Branches<E: TileEngine<F>, F: Float> {
 impl<E: TileEngine<F>, F: Float> Branches<E, F> {
     fn new(#[comptime] config: SlaConfig) -> Self {
         let tile = comptime!(config.tile);
-        // The global form never holds phi(Q) beside Q, nor tiles of phi(K).
-        let spare = comptime!(if config.form == LinearForm::Global {
-            0
-        } else {
-            1
-        });
+        // The global form never holds phi(Q) beside Q, nor tiles of phi(K); a given sparse branch
+        // needs no keys, and Q in the global form only.
+        let spare = comptime!(usize::from(config.form != LinearForm::Global));
+        let attend = comptime!(usize::from(!config.given));
+        let query_rows = comptime!(attend.max(1 - spare) * tile.rows);
         let sparse = E::accumulator(config.value_dim, tile);
         let mut sums = Array::<f32>::new(sparse.rows());
         #[unroll]
@@ -201,9 +213,9 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
             sums[r] = 0.0;
         }
         Branches::<E, F> {
-            queries: E::operand(tile.rows, config.head_dim, tile),
+            queries: E::operand(query_rows, config.head_dim, tile),
             phi_queries: E::operand(comptime!(spare * tile.rows), config.head_dim, tile),
-            keys: E::operand(tile.cols, config.head_dim, tile),
+            keys: E::operand(comptime!(attend * tile.cols), config.head_dim, tile),
             phi_keys: E::operand(comptime!(spare * tile.cols), config.head_dim, tile),
             values: E::operand(tile.cols, config.value_dim, tile),
             scores: E::scores(tile),
@@ -220,13 +232,18 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
 
     fn load_queries<N: Size>(&mut self, q: &Tensor<Vector<F, N>>, rows: RowRange) {
         let tile = comptime!(self.config.tile);
-        E::begin_load::<N>(&mut self.queries, q, rows, tile);
+        let needed = comptime!(!self.config.given || self.config.form == LinearForm::Global);
+        if needed {
+            E::begin_load::<N>(&mut self.queries, q, rows, tile);
+        }
         if comptime!(self.config.form != LinearForm::Global) {
             E::begin_load::<N>(&mut self.phi_queries, q, rows, tile);
             E::await_load(&mut self.phi_queries);
             E::apply_feature_map(&mut self.phi_queries, rows.len, self.config.phi, tile);
         }
-        E::await_load(&mut self.queries);
+        if needed {
+            E::await_load(&mut self.queries);
+        }
     }
 
     /// The walk over the keys of `row`.
@@ -291,8 +308,8 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
         }
     }
 
-    /// The linear branch over the blocks of the second list.
-    fn walk_second<N: Size>(
+    /// The linear branch over the blocks of a list, added or, in the subtracting form, taken away.
+    fn walk_linear<N: Size>(
         &mut self,
         v: &Tensor<Vector<F, N>>,
         phi_k: &Tensor<Vector<F, N>>,
@@ -350,8 +367,10 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
         marginal: bool,
     ) {
         let tile = comptime!(self.config.tile);
-        self.softmax
-            .finish::<F, E>(&mut self.sparse, &mut self.scratch, tile);
+        if !self.config.given {
+            self.softmax
+                .finish::<F, E>(&mut self.sparse, &mut self.scratch, tile);
+        }
         let config = comptime!(OutputConfig {
             tile: self.config.tile,
             head_dim: self.config.head_dim,

@@ -13,6 +13,9 @@
 //! `V`, so that it does not cancel badly; the sums over all keys are rounded to the inputs' type
 //! once. A NaN or infinity in `K` or `V` then spoils the linear branch of every row of its heads.
 //!
+//! A sparse branch in low bits is a kernel of its own, whose result the kernel here reads; its linear
+//! branch is computed as ever.
+//!
 //! Supported: what [`crate::attention`] supports, with D and Dv such that a tile fits.
 //! Rejected, with a [`ProblemError`]: causal masks; lists, weights or logits of another shape.
 
@@ -28,8 +31,12 @@ use forward::{
     Combine, LinearForm, SlaConfig, SlaOutputsLaunch, SlaScalarsLaunch, sla_forward_kernel,
 };
 
+use crate::attention::{
+    ForwardInputs, ForwardOutputs, LowBitFormats, LowBitScores, LowBitValues, launch_low_bit,
+    low_bit_tile,
+};
 use crate::engine::{EngineKind, Mma, Simt, Tile, TileEngine, TileNeeds};
-use crate::limits::{expect_dtype, expect_loop_budget, grid};
+use crate::limits::{expect_bindings, expect_dtype, expect_loop_budget, grid};
 use crate::linear::{Chunks, FeatureMap, States, feature_rows, state_scale, states, tile_of};
 use crate::problem::expect_f32;
 use crate::{AttentionProblem, BlockList, DType, DeviceTensor, ProblemError};
@@ -42,6 +49,33 @@ pub enum LinearMode {
     Complement,
     /// All keys, as in SLA's public code.
     Global,
+}
+
+/// Arithmetic of the sparse branch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// That of the inputs.
+    #[default]
+    Full,
+    /// Scores in INT8, weights and values in FP8.
+    Int8Fp8,
+    /// All of them in FP8.
+    Fp8,
+}
+
+impl Precision {
+    /// The formats of low-bit attention, if it is that.
+    fn formats(self) -> Option<LowBitFormats> {
+        let scores = match self {
+            Self::Full => return None,
+            Self::Int8Fp8 => LowBitScores::Int8,
+            Self::Fp8 => LowBitScores::Fp8,
+        };
+        Some(LowBitFormats {
+            scores,
+            values: LowBitValues::Fp8,
+        })
+    }
 }
 
 /// How the branches are combined, with the weights of it.
@@ -143,25 +177,38 @@ pub fn sla_forward(
     combination: Combination<'_>,
     phi: FeatureMap,
     mode: LinearMode,
+    precision: Precision,
     save: bool,
 ) -> Result<SlaOutput, ProblemError> {
     check_sla(client, problem, &inputs, &combination)?;
-    let SlaInputs { q, k, v, .. } = inputs;
+    let SlaInputs {
+        q, k, v, critical, ..
+    } = inputs;
+    expect_bindings(client.properties(), "sparse-linear attention", 16)?;
+    let formats = precision.formats();
+    if let Some(formats) = formats {
+        low_bit_tile(client, problem, critical, formats)?;
+    }
     let (form, second) = match mode {
         LinearMode::Global => (LinearForm::Global, None),
         LinearMode::Complement => {
-            if lists_the_fewer(problem, inputs.critical, inputs.negligible) {
+            if lists_the_fewer(problem, critical, inputs.negligible) {
                 (LinearForm::Subtract, inputs.negligible.cloned())
             } else {
-                let marginal = inputs.critical.remaining(client, inputs.negligible)?;
+                let marginal = critical.remaining(client, inputs.negligible)?;
                 (LinearForm::Add, Some(marginal))
             }
         }
     };
     let (d, dv) = (problem.head_dim(), problem.value_dim());
     let spare = form != LinearForm::Global;
-    let mut owned = vec![d];
-    let mut streamed = vec![d, dv];
+    let (mut owned, mut streamed) = (Vec::new(), vec![dv]);
+    if formats.is_none() || !spare {
+        owned.push(d);
+    }
+    if formats.is_none() {
+        streamed.push(d);
+    }
     if spare {
         owned.push(d);
         streamed.push(d);
@@ -179,8 +226,11 @@ pub fn sla_forward(
     };
     let (engine, tile) = tile_of(&needs, problem, client.properties())?;
     let second_width = second.as_ref().map_or(0, BlockList::width);
-    let iterations = loop_iterations(problem, tile, inputs.critical.width() + second_width);
+    let iterations = loop_iterations(problem, tile, critical.width() + second_width);
     expect_loop_budget(client.properties(), "sparse-linear attention", iterations)?;
+    let given = formats
+        .map(|formats| low_bit_branch(client, problem, inputs, formats))
+        .transpose()?;
 
     let (phi_k, states) = match form {
         LinearForm::Global => (
@@ -221,8 +271,9 @@ pub fn sla_forward(
         problem,
         tensors: [q, k, v, phi_k.as_ref().unwrap_or(k)],
         states: &states,
-        critical: inputs.critical,
+        critical,
         second: second.as_ref(),
+        given: given.as_ref(),
         combination,
         config: SlaConfig {
             tile,
@@ -237,6 +288,7 @@ pub fn sla_forward(
                 Combination::Sla { .. } => Combine::Sla,
                 Combination::Sla2 { .. } => Combine::Sla2,
             },
+            given: given.is_some(),
             save,
         },
     };
@@ -244,6 +296,44 @@ pub fn sla_forward(
         EngineKind::Simt => job.launch::<Simt>([4, 4]),
         EngineKind::Mma => job.launch::<Mma>([8, 2]),
     }
+}
+
+/// The sparse branch in low bits, with its log-sum-exp.
+fn low_bit_branch(
+    client: &Client,
+    problem: &AttentionProblem,
+    inputs: SlaInputs<'_>,
+    formats: LowBitFormats,
+) -> Result<AttentionBranch, ProblemError> {
+    let branch = AttentionBranch {
+        out: DeviceTensor::empty(client, problem.out_shape(), problem.dtype()),
+        lse: DeviceTensor::empty(client, problem.lse_shape(), DType::F32),
+    };
+    let SlaInputs {
+        q, k, v, critical, ..
+    } = inputs;
+    launch_low_bit(
+        client,
+        problem,
+        ForwardInputs {
+            q,
+            k,
+            v,
+            list: critical,
+        },
+        ForwardOutputs {
+            out: &branch.out,
+            lse: &branch.lse,
+        },
+        formats,
+    )?;
+    Ok(branch)
+}
+
+/// A sparse branch that was computed before.
+struct AttentionBranch {
+    out: DeviceTensor<4>,
+    lse: DeviceTensor<3>,
 }
 
 struct SlaJob<'a> {
@@ -254,6 +344,7 @@ struct SlaJob<'a> {
     states: &'a States,
     critical: &'a BlockList,
     second: Option<&'a BlockList>,
+    given: Option<&'a AttentionBranch>,
     combination: Combination<'a>,
     config: SlaConfig,
 }
@@ -266,11 +357,24 @@ impl SlaJob<'_> {
         let (client, problem, tile) = (self.client, self.problem, self.config.tile);
         let dtype = problem.dtype();
         let out = DeviceTensor::empty(client, problem.out_shape(), dtype);
-        let saved = self.config.save.then(|| SlaSaved {
-            sparse: DeviceTensor::empty(client, problem.out_shape(), dtype),
-            linear: DeviceTensor::empty(client, problem.out_shape(), dtype),
-            lse: DeviceTensor::empty(client, problem.lse_shape(), DType::F32),
+        let saved = self.config.save.then(|| {
+            let (sparse, lse) = match self.given {
+                Some(branch) => (branch.out.clone(), branch.lse.clone()),
+                None => (
+                    DeviceTensor::empty(client, problem.out_shape(), dtype),
+                    DeviceTensor::empty(client, problem.lse_shape(), DType::F32),
+                ),
+            };
+            SlaSaved {
+                sparse,
+                linear: DeviceTensor::empty(client, problem.out_shape(), dtype),
+                lse,
+            }
         });
+        let sparse = match self.given {
+            Some(branch) => Some(&branch.out),
+            None => saved.as_ref().map(|saved| &saved.sparse),
+        };
         // Arguments of a variant that does not use them: something small of the right type.
         let nothing = DeviceTensor::empty(client, [1, 1, 1, 8], dtype);
         let nothing_f32 = DeviceTensor::empty(client, [8], DType::F32);
@@ -313,9 +417,7 @@ impl SlaJob<'_> {
                 weights,
                 SlaOutputsLaunch::new(
                     out.buffer_arg(),
-                    saved
-                        .as_ref()
-                        .map_or(nothing.buffer_arg(), |s| s.sparse.buffer_arg()),
+                    sparse.map_or(nothing.buffer_arg(), DeviceTensor::buffer_arg),
                     saved
                         .as_ref()
                         .map_or(nothing.buffer_arg(), |s| s.linear.buffer_arg()),

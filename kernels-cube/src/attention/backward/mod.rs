@@ -32,7 +32,7 @@ use query::query_gradient;
 use super::forward::ForwardScalarsLaunch;
 use crate::block_list::{expect_weights, weights_arg};
 use crate::engine::{EngineKind, Mma, Simt, Tile, TileEngine, TileNeeds, mma_tile, simt_tile};
-use crate::limits::{expect_dtype, expect_loop_budget, grid};
+use crate::limits::{expect_bindings, expect_dtype, expect_loop_budget, grid};
 use crate::problem::expect_shape;
 use crate::{
     AttentionProblem, BlockList, Causal, DType, DeviceTensor, InverseBlockList, ProblemError,
@@ -238,6 +238,7 @@ pub fn check_backward(
     if outputs.dq.dtype() != DType::F32 {
         expect_type("dq", outputs.dq.dtype(), problem.dtype())?;
     }
+    expect_bindings(client.properties(), "attention's backward", 11)?;
     expect_dtype(client.properties(), problem.dtype())
 }
 

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::tile::{integer_scores, load_four, load_values, load_words};
+use super::tile::{CodeTile, load_four, load_numbers};
 use crate::block_list::{BlockListView, KeyWalk};
 use crate::engine::*;
 use crate::mask::{TileWindow, scale_and_mask};
@@ -19,6 +19,8 @@ pub(super) struct LowBitConfig {
     pub block_q: usize,
     pub block_k: usize,
     pub causal: bool,
+    /// Of queries and keys.
+    pub scores: Format,
     /// Whether values are FP8.
     pub fp8: bool,
 }
@@ -35,7 +37,7 @@ pub(super) struct LowBitScalars {
     pub key_blocks: u32,
 }
 
-/// As the kernel of [`crate::attention`]'s forward, with integer products of queries and keys.
+/// As the kernel of [`crate::attention`]'s forward, with low-bit products of queries and keys.
 ///
 /// Grid: x = tiles of query rows, y = query head, z = batch.
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -57,7 +59,6 @@ pub(super) fn low_bit_forward<F: Float, N: Size, V: Size>(
     #[define(F)] _dtype: ElemType,
 ) {
     let tile = comptime!(config.tile);
-    let words = comptime!(config.head_dim / 4);
     let (head, batch) = (CUBE_POS_Y as usize, CUBE_POS_Z as usize);
     let head_index = batch * q.shape(1) + head;
     let kv_head = head / (q.shape(1) / v.shape(1));
@@ -72,8 +73,8 @@ pub(super) fn low_bit_forward<F: Float, N: Size, V: Size>(
     let end_query = min((query_block + 1) * block_q, q.shape(2) as u32);
 
     if first_query < end_query {
-        let mut q_tile = Shared::<[u32]>::new_slice(comptime!(tile.rows * (words + 1)));
-        let mut k_tile = Shared::<[u32]>::new_slice(comptime!(tile.cols * (words + 1)));
+        let mut q_tile = CodeTile::new(tile.rows, config.head_dim, config.scores, tile);
+        let mut k_tile = CodeTile::new(tile.cols, config.head_dim, config.scores, tile);
         let mut v_tile = <Simt as TileEngine<f32>>::operand(tile.cols, config.value_dim, tile);
         let mut weights = <Simt as TileEngine<f32>>::left(tile);
         let mut scratch = <Simt as TileEngine<f32>>::scratch(tile);
@@ -96,15 +97,7 @@ pub(super) fn low_bit_forward<F: Float, N: Size, V: Size>(
         };
         let first_row = head_index * q.shape(2) + first_query as usize;
         let rows = end_query - first_query;
-        load_words(
-            &mut q_tile,
-            q_words,
-            first_row,
-            rows,
-            tile.rows,
-            words,
-            tile.units,
-        );
+        q_tile.load(q_words, first_row, rows);
         let q_scale = q_scales[head_index * scalars.query_blocks as usize + query_block as usize];
 
         for t in 0..walk.tiles() {
@@ -113,18 +106,10 @@ pub(super) fn low_bit_forward<F: Float, N: Size, V: Size>(
             let key_row = kv_index * key_len as usize + keys.first as usize;
             // The last tile may still be being read.
             sync_cube();
-            load_words(
-                &mut k_tile,
-                k_words,
-                key_row,
-                live,
-                tile.cols,
-                words,
-                tile.units,
-            );
+            k_tile.load(k_words, key_row, live);
             if config.fp8 {
                 let width = comptime!(config.value_dim / 4);
-                load_values(
+                load_numbers(
                     &mut v_tile,
                     v_words,
                     key_row,
@@ -146,7 +131,7 @@ pub(super) fn low_bit_forward<F: Float, N: Size, V: Size>(
             }
             sync_cube();
 
-            integer_scores(&mut scores, &q_tile, &k_tile, words);
+            q_tile.scores(&mut scores, &k_tile);
             let key_block = keys.first / comptime!(config.block_k as u32);
             let at = kv_index * scalars.key_blocks as usize + key_block as usize;
             let window = TileWindow {

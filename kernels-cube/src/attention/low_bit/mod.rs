@@ -1,10 +1,12 @@
-//! Block-sparse attention with scores in INT8, and values in their own type or in FP8.
+//! Block-sparse attention with scores in INT8 or FP8, and values in their own type or in FP8.
 //!
 //! ```text
 //! K' = K - mean(K)                     changes no softmax, and leaves less to quantize
-//! S  = scale sQ sK (Q8 K8^T)           INT8, a scale to each block of queries and of keys
+//! S  = scale sQ sK (Q8 K8^T)           a scale to each block of queries and of keys
 //! O  = (sV / 448) P8 V8 / rowsum(P)    FP8: P = exp(S - m) times 448, V with a scale to each column
 //! ```
+//!
+//! INT8 products are summed in integers, exactly; those of FP8 in f32.
 //!
 //! Sources: SageAttention2++ (arXiv 2505.21136), SLA2 (arXiv 2602.12675). The log-sum-exp is that of
 //! the smoothed scores plus `scale Q mean(K)^T`, so that it is the one of the scores themselves.
@@ -23,12 +25,32 @@ use forward::{LowBitConfig, LowBitScalarsLaunch, low_bit_forward};
 use prepare::quantize_blocks;
 use values::quantize_values;
 
-use crate::engine::{Tile, TileNeeds, simt_tile};
-use crate::limits::{expect_dtype, expect_loop_budget, grid};
+use crate::engine::{Tile, TileNeeds, no_tile, simt_tile};
+use crate::limits::{expect_bindings, expect_dtype, expect_loop_budget, grid};
+use crate::quantize::Format;
 use crate::router::mean_pool;
 use crate::{AttentionProblem, BlockList, Causal, DType, DeviceTensor, ProblemError};
 
 use super::{ForwardInputs, ForwardOutputs, check_forward};
+
+/// What `Q K^T` is computed in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum LowBitScores {
+    /// INT8.
+    #[default]
+    Int8,
+    /// FP8 e4m3.
+    Fp8,
+}
+
+impl LowBitScores {
+    fn format(self) -> Format {
+        match self {
+            Self::Int8 => Format::Int8,
+            Self::Fp8 => Format::Fp8,
+        }
+    }
+}
 
 /// What `P V` is computed in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -40,11 +62,54 @@ pub enum LowBitValues {
     Fp8,
 }
 
+/// Formats of low-bit attention; by default those that keep the most.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct LowBitFormats {
+    /// Of queries and keys.
+    pub scores: LowBitScores,
+    /// Of weights and values.
+    pub values: LowBitValues,
+}
+
 /// Low-bit rows and their scales.
 struct LowBit {
     /// Four elements to a word, `[B, H, L, D / 4]`.
     words: BufferArg,
     scales: BufferArg,
+}
+
+/// The tile that runs low-bit attention over `list` on the client's device.
+///
+/// # Errors
+/// [`ProblemError::NoPlan`] if none fits the shared memory; and for a device that binds too few buffers,
+/// or would leave loops early.
+pub(crate) fn low_bit_tile(
+    client: &Client,
+    problem: &AttentionProblem,
+    list: &BlockList,
+    formats: LowBitFormats,
+) -> Result<Tile, ProblemError> {
+    let device = client.properties();
+    expect_bindings(device, "low-bit attention", 13)?;
+    let (d, dv) = (problem.head_dim(), problem.value_dim());
+    let width = match formats.scores {
+        // A row of words takes a quarter of its elements' room.
+        LowBitScores::Int8 => d / 4,
+        LowBitScores::Fp8 => d,
+    };
+    let needs = TileNeeds {
+        owned: vec![width],
+        streamed: vec![width, dv],
+        accumulators: vec![dv],
+        lefts: 1,
+        max_rows: problem.block_q(),
+        max_cols: problem.block_k(),
+    };
+    let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| no_tile(device))?;
+    let iterations = loop_iterations(problem, tile, list);
+    expect_loop_budget(device, "low-bit attention", iterations)?;
+    prepare::expect_budget(client, problem)?;
+    Ok(tile)
 }
 
 /// Runs low-bit block-sparse attention. Nothing is launched if an argument is refused.
@@ -56,29 +121,13 @@ pub fn launch_low_bit(
     problem: &AttentionProblem,
     inputs: ForwardInputs<'_>,
     outputs: ForwardOutputs<'_>,
-    values: LowBitValues,
+    formats: LowBitFormats,
 ) -> Result<(), ProblemError> {
     check_forward(client, problem, &inputs, &outputs)?;
     let ForwardInputs { q, k, v, list } = inputs;
     let device = client.properties();
     expect_dtype(device, problem.dtype())?;
-    let (d, dv) = (problem.head_dim(), problem.value_dim());
-    // A row of words takes a quarter of its elements' room.
-    let needs = TileNeeds {
-        owned: vec![d / 4],
-        streamed: vec![d / 4, dv],
-        accumulators: vec![dv],
-        lefts: 1,
-        max_rows: problem.block_q(),
-        max_cols: problem.block_k(),
-    };
-    let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| ProblemError::NoPlan {
-        device: device.identity.name.clone(),
-        reason: "no tile of these head dimensions fits the shared memory".into(),
-    })?;
-    let iterations = loop_iterations(problem, tile, list);
-    expect_loop_budget(device, "low-bit attention", iterations)?;
-    prepare::expect_budget(client, problem)?;
+    let tile = low_bit_tile(client, problem, list, formats)?;
     let tiles = problem.query_blocks() * problem.block_q().div_ceil(tile.rows);
     let grid = grid(
         device,
@@ -90,9 +139,10 @@ pub fn launch_low_bit(
     )?;
 
     let mean = mean_pool(client, k, problem.key_len())?;
-    let queries = quantize_blocks(client, q, problem.block_q(), None)?;
-    let keys = quantize_blocks(client, k, problem.block_k(), Some(&mean))?;
-    let fp8 = match values {
+    let format = formats.scores.format();
+    let queries = quantize_blocks(client, q, problem.block_q(), None, format)?;
+    let keys = quantize_blocks(client, k, problem.block_k(), Some(&mean), format)?;
+    let fp8 = match formats.values {
         LowBitValues::Full => None,
         LowBitValues::Fp8 => Some(quantize_values(client, v)?),
     };
@@ -134,12 +184,13 @@ pub fn launch_low_bit(
             ),
             LowBitConfig {
                 tile,
-                head_dim: d,
-                value_dim: dv,
+                head_dim: problem.head_dim(),
+                value_dim: problem.value_dim(),
                 block_q: problem.block_q(),
                 block_k: problem.block_k(),
                 causal: problem.causal() != Causal::None,
-                fp8: values == LowBitValues::Fp8,
+                scores: format,
+                fp8: formats.values == LowBitValues::Fp8,
             },
             problem.dtype().elem_type(),
         );

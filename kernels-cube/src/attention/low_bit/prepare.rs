@@ -1,4 +1,4 @@
-//! Queries and keys to INT8 by blocks.
+//! Queries and keys to INT8 or FP8 by blocks.
 
 use cubecl::prelude::*;
 
@@ -24,19 +24,20 @@ pub(super) fn expect_budget(
     expect_loop_budget(client.properties(), operation, blocks.max(columns))
 }
 
-/// Words and scales of `x [B, H, L, D]`, less the mean of its head's rows if one is given: INT8 with a
-/// scale to each `block` rows of a head, `[B, H, ceil(L / block)]`.
+/// Words and scales of `x [B, H, L, D]`, less the mean of its head's rows if one is given: of an 8-bit
+/// `format`, with a scale to each `block` rows of a head, `[B, H, ceil(L / block)]`.
 pub(super) fn quantize_blocks(
     client: &Client,
     x: &DeviceTensor<4>,
     block: usize,
     mean: Option<&DeviceTensor<4>>,
+    format: Format,
 ) -> Result<LowBit, ProblemError> {
     let [batch, heads, len, dim] = x.shape();
     let device = client.properties();
     let blocks = len.div_ceil(block);
     let words = batch * heads * len * dim / 4;
-    expect_buffer(device, "queries or keys in INT8", words * 4)?;
+    expect_buffer(device, "queries or keys in 8 bits", words * 4)?;
     let grid = grid(device, [("blocks", blocks), ("H", heads), ("B", batch)])?;
     let words = DeviceTensor::empty(client, [words], DType::F32);
     let scales = DeviceTensor::empty(client, [batch * heads * blocks], DType::F32);
@@ -53,6 +54,7 @@ pub(super) fn quantize_blocks(
             scales.buffer_arg(),
             block as u32,
             mean.is_some(),
+            format,
             x.dtype().elem_type(),
         );
     }
@@ -86,6 +88,7 @@ fn quantize_blocks_kernel<F: Float>(
     scales: &mut [f32],
     block: u32,
     #[comptime] smooth: bool,
+    #[comptime] format: Format,
     #[define(F)] _dtype: ElemType,
 ) {
     let (len, dim) = (x.shape(2) as u32, x.shape(3) as u32);
@@ -118,7 +121,7 @@ fn quantize_blocks_kernel<F: Float>(
         }
     }
     sync_cube();
-    let scale = scale_of(shared[0], Format::Int8);
+    let scale = scale_of(shared[0], format);
     if unit == 0 {
         scales[head * CUBE_COUNT_X as usize + CUBE_POS_X as usize] = scale;
     }
@@ -134,7 +137,7 @@ fn quantize_blocks_kernel<F: Float>(
                 if smooth {
                     value -= mean[head * dim as usize + column];
                 }
-                word |= code(value, scale, 0.0, Format::Int8, false) << (8 * e);
+                word |= code(value, scale, 0.0, format, false) << (8 * e);
             }
             let to = (head * len as usize + row) * per_row as usize;
             words[to + (at % per_row) as usize] = word;

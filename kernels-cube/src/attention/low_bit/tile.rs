@@ -6,34 +6,90 @@ use crate::engine::*;
 use crate::quantize::{Format, number};
 use crate::rows::RowRange;
 
-/// Copies `rows` rows of words from `first` on to a shared tile with a word of padding a row.
+type Numbers = <Simt as TileEngine<f32>>::Operand;
+
+/// A shared tile of queries or keys: INT8 as words with one of padding a row, FP8 as numbers.
+#[derive(CubeType)]
+pub(super) struct CodeTile {
+    words: Shared<[u32]>,
+    numbers: Numbers,
+    #[cube(comptime)]
+    rows: usize,
+    /// Words of a row.
+    #[cube(comptime)]
+    width: usize,
+    #[cube(comptime)]
+    format: Format,
+    #[cube(comptime)]
+    units: usize,
+}
+
 #[cube]
-pub(super) fn load_words(
-    tile: &mut Shared<[u32]>,
-    words: &[u32],
-    first: usize,
-    rows: u32,
-    #[comptime] tile_rows: usize,
-    #[comptime] width: usize,
-    #[comptime] units: usize,
-) {
-    for step in 0..comptime!((tile_rows * width).div_ceil(units)) {
-        let at = step * units + UNIT_POS as usize;
-        if at < comptime!(tile_rows * width) {
-            let (row, word) = (at / width, at % width);
-            let mut value = 0u32.runtime();
-            if (row as u32) < rows {
-                value = words[(first + row) * width + word];
+impl CodeTile {
+    /// A tile of `rows x dim`, not initialised.
+    pub fn new(
+        #[comptime] rows: usize,
+        #[comptime] dim: usize,
+        #[comptime] format: Format,
+        #[comptime] tile: Tile,
+    ) -> CodeTile {
+        let width = comptime!(dim / 4);
+        let space = comptime!(match format {
+            Format::Fp8 => [1, rows],
+            _ => [rows * (width + 1), 0],
+        });
+        CodeTile {
+            words: Shared::new_slice(comptime!(space[0])),
+            numbers: <Simt as TileEngine<f32>>::operand(comptime!(space[1]), dim, tile),
+            rows,
+            width,
+            format,
+            units: tile.units,
+        }
+    }
+
+    /// Fills the tile with `rows` rows of `words` from `first` on, and zeros.
+    pub fn load(&mut self, words: &[u32], first: usize, rows: u32) {
+        let (tile_rows, width, units) = (self.rows, self.width, self.units);
+        if comptime!(self.format == Format::Fp8) {
+            load_numbers(
+                &mut self.numbers,
+                words,
+                first,
+                rows,
+                tile_rows,
+                width,
+                units,
+            );
+        } else {
+            for step in 0..comptime!((tile_rows * width).div_ceil(units)) {
+                let at = step * units + UNIT_POS as usize;
+                if at < comptime!(tile_rows * width) {
+                    let (row, word) = (at / width, at % width);
+                    let mut value = 0u32.runtime();
+                    if (row as u32) < rows {
+                        value = words[(first + row) * width + word];
+                    }
+                    self.words[row * comptime!(width + 1) + word] = value;
+                }
             }
-            tile[row * comptime!(width + 1) + word] = value;
+        }
+    }
+
+    /// `scores = self keys^T`, before the scales.
+    pub fn scores(&self, scores: &mut <Simt as TileEngine<f32>>::Fragment, keys: &CodeTile) {
+        if comptime!(self.format == Format::Fp8) {
+            <Simt as TileEngine<f32>>::mul_nt(scores, &self.numbers, &keys.numbers);
+        } else {
+            integer_scores(scores, &self.words, &keys.words, self.width);
         }
     }
 }
 
 /// Copies rows of FP8 words to a tile, as numbers: their scales are left for the end.
 #[cube]
-pub(super) fn load_values(
-    tile: &mut <Simt as TileEngine<f32>>::Operand,
+pub(super) fn load_numbers(
+    tile: &mut Numbers,
     words: &[u32],
     first: usize,
     rows: u32,
@@ -62,7 +118,7 @@ pub(super) fn load_values(
 /// Copies rows of values to a tile.
 #[cube]
 pub(super) fn load_four<F: Float, N: Size>(
-    tile: &mut <Simt as TileEngine<f32>>::Operand,
+    tile: &mut Numbers,
     v: &Tensor<Vector<F, N>>,
     rows: RowRange,
     #[comptime] tile_rows: usize,
@@ -102,7 +158,7 @@ pub(super) fn load_four<F: Float, N: Size>(
 
 /// `Q8 K8^T` of two tiles of words; sums of 256 products are exact in f32 too.
 #[cube]
-pub(super) fn integer_scores(
+fn integer_scores(
     scores: &mut <Simt as TileEngine<f32>>::Fragment,
     q_tile: &Shared<[u32]>,
     k_tile: &Shared<[u32]>,

@@ -2,7 +2,7 @@
 
 use cubesla::plan::SlaPlan;
 use cubesla::{
-    AttentionProblem, Blocks, Client, DType, DeviceTensor, HostBlockList, LinearMode,
+    AttentionProblem, Blocks, Client, DType, DeviceTensor, HostBlockList, LinearMode, Precision,
     RouterOptions, SlaOptions, SlaResult, sla_forward, sla2_forward,
 };
 use cubesla_reference::router::critical_count;
@@ -183,6 +183,14 @@ impl Work for Sla {
     fn plan(&self) -> Option<String> {
         let projects = self.method == Method::Sla;
         let problem = self.problem().ok()?;
-        Some(SlaPlan::new(&problem, self.client.properties(), projects).to_string())
+        Some(
+            SlaPlan::new(
+                &problem,
+                self.client.properties(),
+                projects,
+                Precision::Full,
+            )
+            .to_string(),
+        )
     }
 }
