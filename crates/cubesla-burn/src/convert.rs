@@ -2,7 +2,7 @@
 
 use burn_core::backend::DispatchDevice;
 use burn_core::tensor::{DType, Device, FloatDType, Tensor};
-use cubesla::{AttentionOptions, AttentionProblem, Client, ProblemError};
+use cubesla::{AttentionOptions, AttentionProblem, Client, MAX_ROW, ProblemError};
 
 use crate::Error;
 
@@ -133,6 +133,30 @@ pub(crate) fn expect_shape<const D: usize>(
         expected: expected.to_vec(),
     }
     .into())
+}
+
+/// An error unless logits have a shape that is broadcast to `[heads, rows]`.
+pub(crate) fn expect_logits(
+    alpha_logit: &Tensor<2>,
+    heads: usize,
+    rows: usize,
+) -> Result<(), Error> {
+    if [[1, 1], [heads, 1]].contains(&alpha_logit.dims()) {
+        return Ok(());
+    }
+    expect_shape("alpha_logit", alpha_logit, [heads, rows])
+}
+
+/// An error unless selections take rows of `len`.
+pub(crate) fn expect_row(len: usize) -> Result<(), Error> {
+    if len > MAX_ROW {
+        return Err(ProblemError::RowTooLong {
+            len,
+            limit: MAX_ROW,
+        }
+        .into());
+    }
+    Ok(())
 }
 
 /// An error unless a tensor is f32.

@@ -1,3 +1,5 @@
+use std::path::PathBuf;
+
 use burn_core::tensor::DType;
 use cubesla::ProblemError;
 
@@ -48,6 +50,20 @@ pub enum Error {
         argument: &'static str,
         /// What to do instead.
         hint: &'static str,
+    },
+    /// A module that SLA2's first training stage is not defined for.
+    #[error("this module has no first training stage: {why}")]
+    FirstStage {
+        /// What stands in the way, and what to change.
+        why: &'static str,
+    },
+    /// A training checkpoint could not be written or read.
+    #[error("checkpoint {path}: {reason}")]
+    Checkpoint {
+        /// The file or folder.
+        path: PathBuf,
+        /// What went wrong.
+        reason: String,
     },
     /// A mask where none is supported.
     #[error(

@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`block_sparse_attention`] | the library's kernels |
 //! | [`sla`], [`sla2`] | the library's kernels |
+//! | [`sla2_soft`], [`router_scores`] | the library's kernels |
 //! | [`soft_top_k`] | the library's kernel |
 //! | [`linear_attention`] | Burn's operations; the causal form has none |
 //! | [`route`], [`top_k`] | none, and tracked weights or rows are refused |
@@ -29,6 +30,8 @@ mod ops;
 mod router;
 mod select;
 mod sla;
+mod soft;
+pub mod training;
 
 /// Burn's macros expand to paths in `burn::backend`; this one has `fusion` in it whether or not the
 /// application turned Burn's fusion on.
@@ -45,15 +48,17 @@ pub use attention::{AttentionOutput, block_sparse_attention, try_block_sparse_at
 pub use block_list::BlockList;
 pub use blocks::Blocks;
 pub use cubesla::{
-    AttentionOptions, Causal, FeatureMap, HostBlockList, LinearMode, ProblemError, TopKOrder,
+    AttentionOptions, Causal, FeatureMap, HostBlockList, LinearMode, Precision, ProblemError,
+    TopKOrder,
 };
 pub use error::Error;
 pub use linear::{linear_attention, try_linear_attention};
 pub use modules::{
-    FeatureMapConfig, LinearAttention, LinearAttentionConfig, LinearModeConfig, SlaMhaInput,
-    SlaMhaOutput, SlaMultiHeadAttention, SlaMultiHeadAttentionConfig, SlaVariant,
+    FeatureMapConfig, LinearAttention, LinearAttentionConfig, LinearModeConfig, PrecisionConfig,
+    SlaMhaInput, SlaMhaOutput, SlaMultiHeadAttention, SlaMultiHeadAttentionConfig, SlaVariant,
     SparseLinearAttention, SparseLinearAttentionConfig,
 };
 pub use router::{RouterOptions, RouterWeights, Routing, route, try_route};
 pub use select::{soft_top_k, top_k, try_soft_top_k, try_top_k};
 pub use sla::{SlaOptions, sla, sla2, try_sla, try_sla2};
+pub use soft::{router_scores, sla2_soft, try_router_scores, try_sla2_soft};

@@ -1,8 +1,8 @@
 //! Routing.
 
 use burn_core::backend::Dispatch;
-use burn_core::tensor::Tensor;
-use cubesla::{AttentionOptions, MAX_ROW, ProblemError};
+use burn_core::tensor::{Device, Tensor};
+use cubesla::AttentionOptions;
 
 use crate::error::unwrap;
 use crate::ops::SlaOps;
@@ -33,6 +33,22 @@ pub struct RouterWeights {
     pub proj_q: Tensor<2>,
     /// `[D, D]`, of the keys; likewise.
     pub proj_k: Tensor<2>,
+}
+
+impl RouterWeights {
+    /// The paper's `Wq` and `Wk` in f32, if they are `[dim, dim]` on `device`.
+    pub(crate) fn checked(&self, device: &Device, dim: usize) -> Result<[Tensor<2>; 2], Error> {
+        let devices = [
+            ("q", device.clone()),
+            ("proj_q", self.proj_q.device()),
+            ("proj_k", self.proj_k.device()),
+        ];
+        convert::expect_device(&devices)?;
+        convert::expect_shape("proj_q", &self.proj_q, [dim, dim])?;
+        convert::expect_shape("proj_k", &self.proj_k, [dim, dim])?;
+        let paper = |weight: &Tensor<2>| convert::to_f32(weight.clone()).transpose();
+        Ok([paper(&self.proj_q), paper(&self.proj_k)])
+    }
 }
 
 impl RouterOptions {
@@ -93,36 +109,21 @@ pub fn try_route(
     refuse_causal(attention.causal)?;
     let key_blocks = problem.key_blocks();
     let (critical, negligible) = library_options(options).selection(key_blocks)?;
-    if key_blocks > MAX_ROW {
-        return Err(ProblemError::RowTooLong {
-            len: key_blocks,
-            limit: MAX_ROW,
-        }
-        .into());
-    }
+    convert::expect_row(key_blocks)?;
     let scores = match &options.weights {
         None => Dispatch::cubesla_scores(q.into_dispatch(), k.into_dispatch(), *attention),
         Some(weights) => {
-            let dim = problem.head_dim();
-            let devices = [
-                ("q", q.device()),
-                ("proj_q", weights.proj_q.device()),
-                ("proj_k", weights.proj_k.device()),
-            ];
-            convert::expect_device(&devices)?;
+            let [wq, wk] = weights.checked(&q.device(), problem.head_dim())?;
             for (argument, weight) in [("proj_q", &weights.proj_q), ("proj_k", &weights.proj_k)] {
-                convert::expect_shape(argument, weight, [dim, dim])?;
                 let hint = "a hard selection passes none on; use `set_require_grad(false)`, and train \
-                            them through `soft_top_k` of scores made with Burn's operations";
+                            them through `soft_top_k` of `router_scores`";
                 convert::expect_untracked("route", argument, weight, hint)?;
             }
-            let paper =
-                |weight: &Tensor<2>| convert::to_f32(weight.clone()).transpose().into_dispatch();
             Dispatch::cubesla_projected_scores(
                 q.into_dispatch(),
                 k.into_dispatch(),
-                paper(&weights.proj_q),
-                paper(&weights.proj_k),
+                wq.into_dispatch(),
+                wk.into_dispatch(),
                 *attention,
             )
         }

@@ -2,7 +2,7 @@
 
 use burn_core::backend::Dispatch;
 use burn_core::tensor::{Int, Tensor};
-use cubesla::{MAX_ROW, ProblemError, TopKOrder};
+use cubesla::{ProblemError, TopKOrder};
 
 use crate::error::unwrap;
 use crate::ops::SlaOps;
@@ -38,7 +38,7 @@ pub fn try_top_k(
         }
         .into());
     }
-    expect_len(len)?;
+    convert::expect_row(len)?;
     let (values, indices) = Dispatch::cubesla_top_k(rows.into_dispatch(), k, order);
     Ok((
         Tensor::from_dispatch(values),
@@ -85,7 +85,7 @@ pub fn try_soft_top_k(scores: Tensor<4>, tau: f32, ratio: f32) -> Result<Tensor<
     if !(ratio > 0.0 && ratio < 1.0) {
         return Err(ProblemError::Ratio { ratio }.into());
     }
-    expect_len(scores.dims()[3])?;
+    convert::expect_row(scores.dims()[3])?;
     let soft = Dispatch::cubesla_soft_top_k(scores.into_dispatch(), tau, ratio);
     Ok(Tensor::from_dispatch(soft))
 }
@@ -97,15 +97,4 @@ pub fn try_soft_top_k(scores: Tensor<4>, tau: f32, ratio: f32) -> Result<Tensor<
 #[track_caller]
 pub fn soft_top_k(scores: Tensor<4>, tau: f32, ratio: f32) -> Tensor<4> {
     unwrap("soft_top_k", try_soft_top_k(scores, tau, ratio))
-}
-
-fn expect_len(len: usize) -> Result<(), Error> {
-    if len > MAX_ROW {
-        return Err(ProblemError::RowTooLong {
-            len,
-            limit: MAX_ROW,
-        }
-        .into());
-    }
-    Ok(())
 }

@@ -3,7 +3,9 @@
 use burn_core::backend::Dispatch;
 use burn_core::tensor::Tensor;
 use cubesla::plan::BackwardPlan;
-use cubesla::{AttentionOptions, Causal, FeatureMap, LinearMode, ProblemError, SlaBackwardOptions};
+use cubesla::{
+    AttentionOptions, Causal, FeatureMap, LinearMode, Precision, ProblemError, SlaBackwardOptions,
+};
 
 use crate::error::unwrap;
 use crate::ops::{Combination, SlaOps};
@@ -19,6 +21,9 @@ pub struct SlaOptions {
     pub phi: FeatureMap,
     /// The keys that the linear branch sums over.
     pub linear: LinearMode,
+    /// Arithmetic of the sparse branch. In low bits the backward is that of the inputs' type, straight
+    /// through the rounding: quantization-aware training.
+    pub precision: Precision,
 }
 
 /// SLA: `O = O^s + O^l W + b`, with softmax attention `O^s` over the critical blocks and linear
@@ -93,11 +98,8 @@ pub fn try_sla2(
 ) -> Result<Tensor<4>, Error> {
     let devices = [("q", q.device()), ("alpha_logit", alpha_logit.device())];
     convert::expect_device(&devices)?;
-    let heads = q.dims()[1];
     let rows = q.dims()[2].div_ceil(options.attention.block_q.max(1));
-    if ![[1, 1], [heads, 1]].contains(&alpha_logit.dims()) {
-        convert::expect_shape("alpha_logit", &alpha_logit, [heads, rows])?;
-    }
+    convert::expect_logits(&alpha_logit, q.dims()[1], rows)?;
     let tracked = alpha_logit.is_tracked();
     let combination = Combination::Sla2 {
         alpha_logit: convert::to_f32(alpha_logit).into_dispatch(),
@@ -164,6 +166,7 @@ fn combine(
             phi: options.phi,
             linear: options.linear,
         },
+        options.precision,
     );
     Ok(Tensor::from_dispatch(out))
 }

@@ -12,4 +12,4 @@ pub use multi_head::{SlaMhaInput, SlaMhaOutput, SlaMultiHeadAttention};
 pub use multi_head_config::SlaMultiHeadAttentionConfig;
 pub use sparse_linear::SparseLinearAttention;
 pub use sparse_linear_config::SparseLinearAttentionConfig;
-pub use values::{FeatureMapConfig, LinearModeConfig, SlaVariant};
+pub use values::{FeatureMapConfig, LinearModeConfig, PrecisionConfig, SlaVariant};

@@ -7,8 +7,10 @@ use burn_core::tensor::{Device, Tensor};
 use burn_nn::{Initializer, Linear, LinearConfig};
 use cubesla::{AttentionOptions, Causal};
 
-use super::{FeatureMapConfig, LinearModeConfig, SlaVariant, SparseLinearAttention};
-use crate::RouterOptions;
+use super::{
+    FeatureMapConfig, LinearModeConfig, PrecisionConfig, SlaVariant, SparseLinearAttention,
+};
+use crate::{Error, RouterOptions};
 
 /// Configuration of [`SparseLinearAttention`].
 ///
@@ -50,6 +52,9 @@ pub struct SparseLinearAttentionConfig {
     /// The keys that the linear branch sums over.
     #[config(default = "LinearModeConfig::Complement")]
     pub linear: LinearModeConfig,
+    /// Arithmetic of the sparse branch; its gradients are always those of the inputs' type.
+    #[config(default = "PrecisionConfig::Full")]
+    pub precision: PrecisionConfig,
     /// SLA2: rows of the logits of alpha, 1 or the number of query heads.
     #[config(default = 1)]
     pub alpha_heads: usize,
@@ -93,13 +98,22 @@ impl SparseLinearAttentionConfig {
     }
 
     /// Blocks and scale.
-    pub(super) fn attention(&self) -> AttentionOptions {
+    pub(crate) fn attention(&self) -> AttentionOptions {
         AttentionOptions {
             scale: self.scale.map(|scale| scale as f32),
             causal: Causal::None,
             block_q: self.block_q,
             block_k: self.block_k,
         }
+    }
+
+    /// How many of `blocks` blocks of a row are critical.
+    pub(crate) fn critical_blocks(&self, blocks: usize) -> Result<usize, Error> {
+        let router = cubesla::RouterOptions {
+            critical: self.critical,
+            ..cubesla::RouterOptions::sla2()
+        };
+        Ok(router.selection(blocks)?.0.max())
     }
 
     /// The share that is left out, the variant's own unless it was set.

@@ -2,7 +2,7 @@
 
 use burn_core as burn;
 use burn_core::config::Config;
-use cubesla::{FeatureMap, LinearMode};
+use cubesla::{FeatureMap, LinearMode, Precision};
 
 /// Which operation a module is.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
@@ -51,6 +51,27 @@ impl From<LinearModeConfig> for LinearMode {
         match config {
             LinearModeConfig::Complement => Self::Complement,
             LinearModeConfig::Global => Self::Global,
+        }
+    }
+}
+
+/// Arithmetic of the sparse branch; see [`Precision`].
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum PrecisionConfig {
+    /// That of the inputs.
+    Full,
+    /// Scores in INT8, weights and values in FP8.
+    Int8Fp8,
+    /// All of them in FP8.
+    Fp8,
+}
+
+impl From<PrecisionConfig> for Precision {
+    fn from(config: PrecisionConfig) -> Self {
+        match config {
+            PrecisionConfig::Full => Self::Full,
+            PrecisionConfig::Int8Fp8 => Self::Int8Fp8,
+            PrecisionConfig::Fp8 => Self::Fp8,
         }
     }
 }

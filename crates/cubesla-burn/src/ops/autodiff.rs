@@ -2,17 +2,23 @@
 
 mod attention;
 mod sla;
+mod soft;
 mod soft_top_k;
 
 use burn_core::backend::autodiff::Autodiff;
 use burn_core::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_core::backend::tensor::{FloatTensor, IntTensor};
 use burn_core::backend::{AutodiffBackend, Backend};
-use cubesla::{AttentionOptions, Critical, FeatureMap, SlaBackwardOptions, TopKOrder};
+use cubesla::{AttentionOptions, Critical, FeatureMap, Precision, SlaBackwardOptions, TopKOrder};
 
+use super::soft::SoftGradientOps;
 use super::{Combination, Lists, SlaGradientOps, SlaOps};
 
-impl<B: Backend + SlaOps + SlaGradientOps, C: CheckpointStrategy> SlaOps for Autodiff<B, C> {
+impl<B, C> SlaOps for Autodiff<B, C>
+where
+    B: Backend + SlaOps + SlaGradientOps + SoftGradientOps,
+    C: CheckpointStrategy,
+{
     fn cubesla_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -31,14 +37,15 @@ impl<B: Backend + SlaOps + SlaGradientOps, C: CheckpointStrategy> SlaOps for Aut
         weights: Combination<Self>,
         lists: Lists<Self>,
         options: SlaBackwardOptions,
+        precision: Precision,
     ) -> FloatTensor<Self> {
         let lists = inner_lists(lists);
         match weights {
             Combination::Sla { wl, bl } => {
-                sla::forward_sla::<B, C>([q, k, v, wl, bl], lists, options)
+                sla::forward_sla::<B, C>([q, k, v, wl, bl], lists, options, precision)
             }
             Combination::Sla2 { alpha_logit } => {
-                sla::forward_sla2::<B, C>([q, k, v, alpha_logit], lists, options)
+                sla::forward_sla2::<B, C>([q, k, v, alpha_logit], lists, options, precision)
             }
         }
     }
@@ -70,8 +77,8 @@ impl<B: Backend + SlaOps + SlaGradientOps, C: CheckpointStrategy> SlaOps for Aut
         wk: FloatTensor<Self>,
         options: AttentionOptions,
     ) -> FloatTensor<Self> {
-        let [q, k, wq, wk] = [q, k, wq, wk].map(|tensor| tensor.into_primitive());
-        Self::from_inner(B::cubesla_projected_scores(q, k, wq, wk, options))
+        let inputs = [q, k].map(|tensor| tensor.into_primitive());
+        soft::scores::<B, C>(inputs, [wq, wk], options)
     }
 
     fn cubesla_select(

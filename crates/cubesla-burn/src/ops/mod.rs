@@ -4,13 +4,15 @@ mod autodiff;
 mod cube;
 mod layout;
 mod shapes;
+mod soft;
 mod values;
 
+pub use soft::SoftOps;
 pub use values::{Combination, Lists};
 
 use burn_core::backend::Backend;
 use burn_core::backend::tensor::{FloatTensor, IntTensor};
-use cubesla::{AttentionOptions, Critical, FeatureMap, SlaBackwardOptions, TopKOrder};
+use cubesla::{AttentionOptions, Critical, FeatureMap, Precision, SlaBackwardOptions, TopKOrder};
 
 use crate::shim as burn;
 
@@ -41,6 +43,7 @@ pub trait SlaOps: Backend {
         #[extension_type] weights: Combination<Self>,
         #[extension_type] lists: Lists<Self>,
         options: SlaBackwardOptions,
+        precision: Precision,
     ) -> FloatTensor<Self>;
 
     /// Linear attention; without a gradient.
@@ -61,7 +64,8 @@ pub trait SlaOps: Backend {
         options: AttentionOptions,
     ) -> FloatTensor<Self>;
 
-    /// Scores of a learnable router, weights as `Wq` and `Wk` of the formula; without a gradient.
+    /// Scores of a learnable router, weights as `Wq` and `Wk` of the formula; with a gradient for the
+    /// weights alone.
     #[fusion(meta = shapes::projected_scores)]
     fn cubesla_projected_scores(
         q: FloatTensor<Self>,
@@ -122,6 +126,7 @@ pub trait SlaGradientOps: Backend {
         #[extension_type] weights: Combination<Self>,
         #[extension_type] lists: Lists<Self>,
         options: SlaBackwardOptions,
+        precision: Precision,
     ) -> (
         FloatTensor<Self>,
         FloatTensor<Self>,

@@ -2,7 +2,7 @@
 
 use burn_core::tensor::DType;
 use burn_fusion::custom::TensorSpec;
-use cubesla::{AttentionOptions, Critical, FeatureMap, SlaBackwardOptions, TopKOrder};
+use cubesla::{AttentionOptions, Critical, FeatureMap, Precision, SlaBackwardOptions, TopKOrder};
 
 use super::values::{CombinationMetadata, ListsMetadata};
 
@@ -50,6 +50,7 @@ pub(super) fn sla(
     _weights: &CombinationMetadata,
     _lists: &ListsMetadata,
     _options: &SlaBackwardOptions,
+    _precision: &Precision,
 ) -> TensorSpec {
     out(q, v)
 }
@@ -61,6 +62,7 @@ pub(super) fn sla_saving(
     _weights: &CombinationMetadata,
     _lists: &ListsMetadata,
     _options: &SlaBackwardOptions,
+    _precision: &Precision,
 ) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
     (out(q, v), out(q, v), out(q, v), lse(q))
 }
@@ -133,4 +135,61 @@ pub(super) fn select(
 pub(super) fn top_k(rows: &TensorSpec, k: &usize, _order: &TopKOrder) -> (TensorSpec, TensorSpec) {
     let shape = [rows.shape[0], *k];
     (of(shape, DType::F32), of(shape, DType::I32))
+}
+
+pub(super) fn soft(
+    q: &TensorSpec,
+    _k: &TensorSpec,
+    v: &TensorSpec,
+    _weights: &TensorSpec,
+    _alpha_logit: &TensorSpec,
+    _options: &AttentionOptions,
+    _phi: &FeatureMap,
+) -> TensorSpec {
+    out(q, v)
+}
+
+pub(super) fn soft_saving(
+    q: &TensorSpec,
+    _k: &TensorSpec,
+    v: &TensorSpec,
+    _weights: &TensorSpec,
+    _alpha_logit: &TensorSpec,
+    _options: &AttentionOptions,
+    _phi: &FeatureMap,
+) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
+    (out(q, v), out(q, v), out(q, v), lse(q))
+}
+
+pub(super) fn soft_backward(
+    q: &TensorSpec,
+    k: &TensorSpec,
+    v: &TensorSpec,
+    weights: &TensorSpec,
+    alpha_logit: &TensorSpec,
+    _sparse: &TensorSpec,
+    _linear: &TensorSpec,
+    _lse: &TensorSpec,
+    _grad: &TensorSpec,
+    _options: &AttentionOptions,
+    _phi: &FeatureMap,
+) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
+    (
+        q.clone(),
+        k.clone(),
+        v.clone(),
+        weights.clone(),
+        alpha_logit.clone(),
+    )
+}
+
+pub(super) fn router_backward(
+    _q: &TensorSpec,
+    _k: &TensorSpec,
+    wq: &TensorSpec,
+    wk: &TensorSpec,
+    _grad: &TensorSpec,
+    _options: &AttentionOptions,
+) -> (TensorSpec, TensorSpec) {
+    (wq.clone(), wk.clone())
 }

@@ -14,4 +14,6 @@ mod records;
 mod router;
 mod select;
 mod sla;
+mod soft;
+mod stages;
 mod training;

@@ -19,6 +19,7 @@ fn options(phi: FeatureMap, linear: LinearMode) -> SlaOptions {
         },
         phi,
         linear,
+        ..SlaOptions::default()
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod backward;
 mod forward;
+mod soft;
 
 use burn_core::backend::TensorMetadata;
 use burn_cubecl::CubeBackend;
@@ -27,6 +28,7 @@ fn sla(
     weights: Weights,
     lists: ListTensors,
     options: SlaBackwardOptions,
+    precision: Precision,
     save: bool,
 ) -> Result<SlaResult, Error> {
     let client = q.client.clone();
@@ -41,7 +43,7 @@ fn sla(
         },
         phi: options.phi,
         linear: options.linear,
-        precision: Precision::Full,
+        precision,
         save,
     };
     match weights {
