@@ -14,7 +14,8 @@
 //! | [`linear_attention`] | Burn's operations; the causal form has none |
 //! | [`route`], [`top_k`] | none, and tracked weights or rows are refused |
 //!
-//! Modules: [`SparseLinearAttention`], [`LinearAttention`], [`SlaMultiHeadAttention`].
+//! Modules: [`SparseLinearAttention`], [`LinearAttention`], [`SlaMultiHeadAttention`]. Training of them:
+//! [`training`].
 
 #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
 compile_error!("cubesla-burn needs a runtime: enable the feature `wgpu`, `vulkan` or `cuda`");

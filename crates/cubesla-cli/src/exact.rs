@@ -25,7 +25,7 @@ impl Layer {
     }
 
     /// Weights of 1 for the blocks in a list, or for the others.
-    fn weights(&self, list: &HostBlockList, listed: bool) -> BlockWeights {
+    pub fn weights(&self, list: &HostBlockList, listed: bool) -> BlockWeights {
         let mask = list.to_mask();
         let weights = mask.into_iter().map(|is| f64::from(is == listed)).collect();
         BlockWeights {

@@ -43,3 +43,29 @@ fn read(path: &Path) -> Result<Vec<u8>, Error> {
         source,
     })
 }
+
+/// Writes a small layer `a` into a file of `folder`.
+#[cfg(test)]
+pub fn write_small(folder: &Path) -> PathBuf {
+    use safetensors::tensor::{Dtype, TensorView, serialize};
+
+    let (shape, file) = ([1, 2, 70, 32], folder.join("input.safetensors"));
+    let values = |seed: f32| {
+        let len: usize = shape.iter().product();
+        (0..len)
+            .flat_map(|at| (at as f32 * 0.37 + seed).sin().to_le_bytes())
+            .collect::<Vec<u8>>()
+    };
+    let data = [
+        ("a.q", values(1.0)),
+        ("a.k", values(2.0)),
+        ("a.v", values(3.0)),
+    ];
+    let views = data.iter().map(|(name, bytes)| {
+        let view = TensorView::new(Dtype::F32, shape.to_vec(), bytes).expect("bytes of the shape");
+        (*name, view)
+    });
+    let bytes = serialize(views, None).expect("valid tensors");
+    std::fs::write(&file, bytes).expect("a folder to write to");
+    file
+}

@@ -9,6 +9,7 @@ mod exact;
 mod fit;
 mod inputs;
 mod layers;
+mod low_bits;
 mod plot;
 mod report;
 
@@ -37,6 +38,8 @@ enum Command {
     Demo(demo::Args),
     /// Errors of sparse attention, SLA and SLA2 against full attention, by sparsity: tables, curves
     Report(report::Args),
+    /// Errors of low-bit attention by format, and what training wins back: tables, curves
+    LowBits(low_bits::Args),
     /// Check and time every operation; compare with other libraries, draw times over sizes
     Bench(bench::Args),
 }
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Command::Devices(args) => devices::run(args, &cli.device),
         Command::Demo(args) => demo::run(args, &cli.device),
         Command::Report(args) => report::run(args, &cli.device),
+        Command::LowBits(args) => low_bits::run(args, &cli.device),
         Command::Bench(args) => bench::run(args, &cli.device),
     };
     match result {

@@ -97,8 +97,8 @@ impl SparseLinearAttentionConfig {
         }
     }
 
-    /// Blocks and scale.
-    pub(crate) fn attention(&self) -> AttentionOptions {
+    /// Blocks and scale, as the functions of this crate take them.
+    pub fn attention(&self) -> AttentionOptions {
         AttentionOptions {
             scale: self.scale.map(|scale| scale as f32),
             causal: Causal::None,
