@@ -1,7 +1,10 @@
 //! Launches every kernel of the golden plans on a CUDA device, real or fake.
 //!
 //! On a machine without a GPU, `cargo xtask cuda` runs it over a driver that executes nothing, once
-//! for each architecture, and reads registers and spills off the compiled kernels.
+//! for each architecture, and reads registers and spills off the compiled kernels. Its argument names
+//! the part to compile; without one it compiles all.
+
+use std::process::ExitCode;
 
 use cubesla::{
     AttentionOptions, Client, Critical, DType, FeatureMap, Format, Granularity, InverseBlockList,
@@ -14,23 +17,49 @@ use harness::sla::Combine;
 use harness::soft::SoftCase;
 use harness::{AttentionCase, SlaCase};
 
-fn main() {
+/// The parts, with what launches their kernels.
+const PARTS: [(&str, fn(&Client)); 4] = [
+    ("attention", compile_attention),
+    ("sla", compile_sla_cases),
+    ("selection", compile_selection),
+    ("low-bits", compile_low_bits),
+];
+
+fn main() -> ExitCode {
+    let part = std::env::args().nth(1);
+    let chosen = |name: &str| part.as_deref().is_none_or(|part| part == name);
+    let parts: Vec<_> = PARTS.into_iter().filter(|(name, _)| chosen(name)).collect();
+    if parts.is_empty() {
+        let names = PARTS.map(|(name, _)| name).join(", ");
+        eprintln!("error: there is no such part; the parts are {names}");
+        return ExitCode::FAILURE;
+    }
     let client = harness::client();
     println!("compiling for {}", client.properties().identity.name);
+    for (_, compile) in parts {
+        compile(&client);
+    }
+    // Kernels are compiled on the device's thread, which ends with the program.
+    cubesla::sync(&client).expect("every kernel to be launched");
+    ExitCode::SUCCESS
+}
+
+/// Attention with every engine, forward and backward, with its lists.
+fn compile_attention(client: &Client) {
     for case in harness::golden::forward_cases() {
         let inputs = case.inputs();
-        for (plan, _) in case.run_all(&client, &inputs) {
+        for (plan, _) in case.run_all(client, &inputs) {
             println!(
                 "{} D={} Dv={}: {plan}",
                 case.dtype, case.head_dim, case.value_dim
             );
         }
-        let list = inputs.list.upload(&client);
-        InverseBlockList::new(&client, &list).expect("the inverse to be built");
+        let list = inputs.list.upload(client);
+        InverseBlockList::new(client, &list).expect("the inverse to be built");
         // Gradients have several kernels of each shape, so not every shape has its turn.
         let usual = case.head_dim == case.value_dim && case.options.block_q == 128;
         if usual && matches!(case.head_dim, 64 | 128) {
-            for (plan, _) in case.run_backward(&client, &inputs, &case.grad_out()) {
+            for (plan, _) in case.run_backward(client, &inputs, &case.grad_out()) {
                 println!(
                     "{} D={} Dv={}: backward {plan}",
                     case.dtype, case.head_dim, case.value_dim
@@ -40,17 +69,16 @@ fn main() {
         // The operations of both branches have many kernels of each shape: one shape will do.
         let rescaled = case.options.scale.is_some();
         if usual && case.head_dim == 128 && !rescaled {
-            compile_both_branches(&client, case);
+            compile_both_branches(client, case);
         }
     }
+}
+
+/// The forwards of SLA in every form, linear attention and the router.
+fn compile_sla_cases(client: &Client) {
     for case in harness::golden::sla_cases() {
-        compile_sla(&client, &case);
+        compile_sla(client, &case);
     }
-    compile_selection(&client);
-    compile_low_bits(&client);
-    compile_low_bit_scores(&client);
-    // Kernels are compiled on the device's thread, which ends with the program.
-    cubesla::sync(&client).expect("every kernel to be launched");
 }
 
 /// The gradients of SLA, in every form, and of soft masks.
@@ -74,7 +102,7 @@ fn compile_both_branches(client: &Client, attention: AttentionCase) {
     }
 }
 
-/// The forwards of SLA, linear attention and the router.
+/// One case of them.
 fn compile_sla(client: &Client, case: &SlaCase) {
     let inputs = case.inputs();
     for save in [false, true] {
@@ -117,7 +145,7 @@ fn compile_selection(client: &Client) {
 }
 
 /// Low-bit attention of narrow and wide heads.
-fn compile_low_bit_scores(client: &Client) {
+fn compile_low_bit_attention(client: &Client) {
     for (dim, formats) in [64, 64, 128, 128].into_iter().zip(FORMATS) {
         let case = AttentionCase {
             head_dim: dim,
@@ -132,8 +160,9 @@ fn compile_low_bit_scores(client: &Client) {
     }
 }
 
-/// Every format and granularity, and products with all sizes of tiles.
+/// Every format and granularity, products with all sizes of tiles, and low-bit attention.
 fn compile_low_bits(client: &Client) {
+    compile_low_bit_attention(client);
     for dtype in [DType::F32, DType::BF16] {
         let zeros = |rows: usize| upload(client, &vec![0.0; rows * 128], [rows, 128], dtype);
         let w = zeros(1024).unwrap();

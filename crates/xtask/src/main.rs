@@ -21,10 +21,11 @@ Usage: cargo xtask <command>
   report [args]      run `cubesla report`
   bench [args]       run `cubesla bench`, optimised
   test [args]        run all tests, on a GPU or on software Vulkan, then `cuda`
-  cuda               compile the CUDA kernels for each architecture, with no GPU, and judge them
+  cuda [part]        compile the CUDA kernels for each architecture, with no GPU, and judge them;
+                     parts are attention, sla, selection and low-bits
   ci [--after-test]  run `test` unless it was run, then format, lints, documentation and links
 
-demo, report, bench and test install software Vulkan first if the machine has no device (Debian, Ubuntu).";
+demo, report, bench and test install software Vulkan first if the machine has no GPU (Debian, Ubuntu).";
 
 fn main() -> ExitCode {
     match run() {
@@ -52,7 +53,8 @@ fn run() -> Result {
             step::run(cubesla(true).arg("bench").args(args))
         }
         ("test", args) => test(args),
-        ("cuda", []) => cuda::check(),
+        ("cuda", []) => cuda::check(None),
+        ("cuda", [part]) => cuda::check(Some(part)),
         ("ci", []) => {
             test(&[])?;
             checks()
@@ -75,7 +77,7 @@ fn test(args: &[String]) -> Result {
     }
     step::run(tests.arg("--workspace").args(args))?;
     if cfg!(target_os = "linux") {
-        cuda::check()
+        cuda::check(None)
     } else {
         println!("No CUDA check: it needs Linux.");
         Ok(())

@@ -23,8 +23,9 @@ const ARCHITECTURES: [(u32, &str); 4] = [
     (120, "sm_120a"),
 ];
 
-/// Compiles every kernel for every architecture; an error if ptxas finds fault with one.
-pub fn check() -> Result {
+/// Compiles every kernel, or those of a part, for every architecture; an error if ptxas finds fault
+/// with one.
+pub fn check(part: Option<&str>) -> Result {
     let cuda = toolchain::provide(&target()?.join("nvrtc"))?;
     let driver = provide_driver()?;
     step::run(cargo("build").args(["--bin", "compile-cuda"]))?;
@@ -32,7 +33,8 @@ pub fn check() -> Result {
     let folders = thread::scope(|scope| {
         let threads = ARCHITECTURES.map(|(capability, _)| {
             let (cuda, driver) = (&cuda, &driver);
-            let compile = move || compile(capability, cuda, driver).map_err(|e| e.to_string());
+            let compile =
+                move || compile(capability, part, cuda, driver).map_err(|e| e.to_string());
             scope.spawn(compile)
         });
         threads.map(|thread| thread.join().expect("a compiler's thread"))
@@ -64,8 +66,8 @@ fn provide_driver() -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Has every kernel compiled for `capability`: the folder of PTX files.
-fn compile(capability: u32, cuda: &Path, driver: &Path) -> Result<PathBuf> {
+/// Has kernels compiled for `capability`: the folder of PTX files.
+fn compile(capability: u32, part: Option<&str>, cuda: &Path, driver: &Path) -> Result<PathBuf> {
     let ptx = driver.join("ptx").join(capability.to_string());
     if ptx.exists() {
         fs::remove_dir_all(&ptx)?;
@@ -73,7 +75,8 @@ fn compile(capability: u32, cuda: &Path, driver: &Path) -> Result<PathBuf> {
     fs::create_dir_all(&ptx)?;
     step::run(
         cargo("run")
-            .args(["--bin", "compile-cuda"])
+            .args(["--bin", "compile-cuda", "--"])
+            .args(part)
             .env("CUBESLA_DEVICE", "cuda:0")
             .env("FAKE_CUDA_SM", capability.to_string())
             .env("FAKE_CUDA_PTX", &ptx)
@@ -97,11 +100,15 @@ fn print_table(arch: &str, reports: &[Report]) {
         .map(|report| report.kernel.len())
         .max()
         .unwrap_or(0);
-    println!("{arch:<width$}  registers  spill stores  spill loads");
+    println!("{arch:<width$}  registers  spill stores  spill loads  with all registers");
     for report in reports {
         println!(
-            "{:<width$}  {:>9}  {:>10} B  {:>9} B",
-            report.kernel, report.registers, report.spill_stores, report.spill_loads
+            "{:<width$}  {:>9}  {:>10} B  {:>9} B  {:>16} B",
+            report.kernel,
+            report.registers,
+            report.spill_stores,
+            report.spill_loads,
+            report.forced_stores
         );
     }
     println!();

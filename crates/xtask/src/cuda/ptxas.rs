@@ -8,9 +8,16 @@ use std::{fs, thread};
 
 use crate::Result;
 
-/// Spilled bytes that a kernel of the portable engines may have: ptxas trades up to four of their
-/// registers for occupancy, outside the inner loops.
-const SPILL_ALLOWANCE: u32 = 16;
+/// Spilled bytes that a kernel of the portable engines may have with all registers that a thread can
+/// get: four of 255.
+const FORCED_ALLOWANCE: u32 = 16;
+
+/// Spilled bytes of a kernel that has none, or those few, with all registers: ptxas then gave up to so
+/// many for another cube on the multiprocessor.
+const TRADED_ALLOWANCE: u32 = 64;
+
+/// Most registers of a thread, and registers of a multiprocessor.
+const REGISTERS: [u32; 2] = [255, 65_536];
 
 /// Kernels whose products ptxas makes wait for each other, knowingly: two accumulators of 64 rows leave
 /// no registers for the overlap. See docs/performance-log.md.
@@ -27,6 +34,8 @@ pub struct Report {
     pub spill_stores: u32,
     /// Bytes read back.
     pub spill_loads: u32,
+    /// Bytes written to local memory if the kernel has all registers that a thread can get.
+    pub forced_stores: u32,
     /// Whether matrix instructions that should overlap were made to wait for each other.
     pub serialized: bool,
     /// How the kernel moves registers between warpgroups.
@@ -79,6 +88,7 @@ impl Report {
             registers: 0,
             spill_stores: 0,
             spill_loads: 0,
+            forced_stores: 0,
             serialized: log.contains("serialized"),
             exchange: Exchange::parse(ptx),
         };
@@ -96,12 +106,6 @@ impl Report {
     /// What is wrong with the kernel, if anything is.
     pub fn fault(&self) -> Option<String> {
         let kernel = &self.kernel;
-        // Their registers are counted by hand.
-        let allowance = if kernel.contains("wgmma") {
-            0
-        } else {
-            SPILL_ALLOWANCE
-        };
         let expected = SERIALIZED.iter().any(|name| kernel.starts_with(name));
         if self.serialized && !expected {
             return Some(format!("{kernel}: matrix instructions are serialized"));
@@ -114,13 +118,31 @@ impl Report {
                 "{kernel} would hang: {registers} registers a thread do not cover {exchange:?}"
             ));
         }
-        (self.spill_stores > allowance).then(|| {
-            format!(
-                "{kernel} spills {} bytes of at most {allowance}",
-                self.spill_stores
-            )
-        })
+        // Their registers are counted by hand.
+        let [traded, forced] = if kernel.contains("wgmma") {
+            [0, 0]
+        } else {
+            [TRADED_ALLOWANCE, FORCED_ALLOWANCE]
+        };
+        let spills = |what: &str, bytes: u32, allowed: u32| {
+            (bytes > allowed)
+                .then(|| format!("{kernel} spills {bytes} bytes {what}, of at most {allowed}"))
+        };
+        spills("with all registers", self.forced_stores, forced)
+            .or_else(|| spills("for occupancy", self.spill_stores, traded))
     }
+}
+
+/// `ptx` with the bound on threads, which ptxas derives a bound on registers from, replaced by the
+/// most registers that so many threads can have.
+fn with_all_registers(ptx: &str) -> Option<String> {
+    let mark = ".maxntid ";
+    let start = ptx.find(mark)?;
+    let line = ptx[start..].lines().next()?;
+    let threads: u32 = line[mark.len()..].split(',').next()?.trim().parse().ok()?;
+    let [most, all] = REGISTERS;
+    let registers = most.min(all / threads.max(1) / 8 * 8);
+    Some(ptx.replacen(line, &format!(".maxnreg {registers}"), 1))
 }
 
 /// Runs ptxas on every PTX file of `folder`, on all cores; reports in the order of the names.
@@ -157,18 +179,40 @@ pub fn compile_all(ptxas: &Path, arch: &str, folder: &Path) -> Result<Vec<Report
 }
 
 fn compile(ptxas: &Path, arch: &str, file: PathBuf) -> std::result::Result<Report, String> {
+    let ptx = fs::read_to_string(&file)
+        .map_err(|error| format!("cannot read {}: {error}", file.display()))?;
+    let mut report = assemble(ptxas, arch, &file, &ptx)?;
+    if report.spill_stores > 0 {
+        report.forced_stores = match with_all_registers(&ptx) {
+            Some(ptx) => {
+                let roomy = file.with_extension("all-registers");
+                fs::write(&roomy, &ptx)
+                    .map_err(|error| format!("cannot write {}: {error}", roomy.display()))?;
+                assemble(ptxas, arch, &roomy, &ptx)?.spill_stores
+            }
+            None => report.spill_stores,
+        };
+    }
+    Ok(report)
+}
+
+/// Runs ptxas on a file that holds `ptx`.
+fn assemble(
+    ptxas: &Path,
+    arch: &str,
+    file: &Path,
+    ptx: &str,
+) -> std::result::Result<Report, String> {
     let output = Command::new(ptxas)
         .arg("-v")
         .arg(format!("-arch={arch}"))
         .args(["-o", "/dev/null"])
-        .arg(&file)
+        .arg(file)
         .output()
         .map_err(|error| format!("cannot run {}: {error}", ptxas.display()))?;
     let log = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
     let kernel = file.file_stem().unwrap_or_default().to_string_lossy();
-    let ptx = fs::read_to_string(&file)
-        .map_err(|error| format!("cannot read {}: {error}", file.display()))?;
-    Report::parse(&kernel, &ptx, &log)
+    Report::parse(&kernel, ptx, &log)
         .filter(|_| output.status.success())
         .ok_or_else(|| format!("ptxas fails on {}:\n{log}", file.display()))
 }

@@ -49,8 +49,34 @@ fn spills_are_counted_and_refused() {
         (report.registers, report.spill_stores, report.spill_loads),
         (80, 40, 44)
     );
-    let fault = report.fault().unwrap();
-    assert!(fault.contains("40 bytes of at most 16"), "{fault}");
+    // Of 40 bytes, all given up for occupancy, or more than half for want of registers.
+    assert_eq!(report.fault(), None);
+    let forced = Report {
+        forced_stores: 24,
+        ..report.clone()
+    };
+    let fault = forced.fault().unwrap();
+    assert!(fault.contains("24 bytes with all registers"), "{fault}");
+    let traded = Report {
+        spill_stores: 68,
+        ..report
+    };
+    let fault = traded.fault().unwrap();
+    assert!(
+        fault.contains("68 bytes for occupancy, of at most 64"),
+        "{fault}"
+    );
+}
+
+#[test]
+fn all_registers_are_as_many_as_the_threads_can_have() {
+    let bound = |threads: u32| {
+        let ptx = format!(".entry k()\n.maxntid {threads}, 1, 1\n{{ }}");
+        with_all_registers(&ptx).unwrap()
+    };
+    assert_eq!(bound(128), ".entry k()\n.maxnreg 255\n{ }");
+    assert!(bound(256).contains(".maxnreg 255") && bound(512).contains(".maxnreg 128"));
+    assert_eq!(with_all_registers(".entry k()"), None);
 }
 
 #[test]
