@@ -22,7 +22,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = "cubesla-low-bits")]
     output: PathBuf,
     /// Steps of training
-    #[arg(long, value_name = "N", default_value_t = 30)]
+    #[arg(long, value_name = "N", default_value_t = 40)]
     steps: usize,
     /// Query rows per block, which share a scale; a multiple of 16 from 16 to 128
     #[arg(long, value_name = "ROWS", default_value_t = 128)]

@@ -13,10 +13,10 @@ const FORMATS: LowBitFormats = LowBitFormats {
     scores: LowBitScores::Int8,
     values: LowBitValues::Fp8,
 };
-/// Of the inputs' root mean square, how far a step of Adam goes.
-const RATE: f32 = 2e-3;
-/// Decay of Adam's moments.
-const DECAY: [f32; 2] = [0.9, 0.99];
+/// What of a gradient a step goes, and what of the step before. Larger steps stir up more rounding
+/// than they take away.
+const RATE: f32 = 3e-3;
+const MOMENTUM: f32 = 0.9;
 
 /// The distance of low-bit attention to exact attention of the inputs as they came, before each step and
 /// after the last: `|O - exact| / |exact|`. Trained are queries, keys and values, in f32 on the host,
@@ -53,7 +53,7 @@ pub fn curve(
         progress.inc(1);
         if step < steps {
             for (input, grad) in inputs.iter_mut().zip(&grads) {
-                input.step(&download(client, grad)?, step + 1);
+                input.step(&download(client, grad)?);
             }
         }
     }
@@ -89,38 +89,27 @@ fn gradients(
     Ok((distance, [grads.dq, grads.dk, grads.dv]))
 }
 
-/// A tensor that Adam trains.
+/// A tensor that gradient descent with momentum trains.
 struct Trained {
     shape: [usize; 4],
     values: Vec<f32>,
-    rate: f32,
-    moments: [Vec<f32>; 2],
+    momentum: Vec<f32>,
 }
 
 impl Trained {
     fn new(shape: [usize; 4], values: &[f64]) -> Self {
-        let values: Vec<f32> = values.iter().map(|&x| x as f32).collect();
-        let squares: f32 = values.iter().map(|x| x * x).sum();
         Self {
             shape,
-            rate: RATE * (squares / values.len() as f32).sqrt(),
-            moments: [vec![0.0; values.len()], vec![0.0; values.len()]],
-            values,
+            values: values.iter().map(|&x| x as f32).collect(),
+            momentum: vec![0.0; values.len()],
         }
     }
 
-    /// Step number `step`, from 1 on.
-    fn step(&mut self, grad: &[f32], step: usize) {
-        let [first, second] = &mut self.moments;
-        let corrections = DECAY.map(|decay| 1.0 - decay.powi(step as i32));
-        for (at, &g) in grad.iter().enumerate() {
-            first[at] = DECAY[0] * first[at] + (1.0 - DECAY[0]) * g;
-            second[at] = DECAY[1] * second[at] + (1.0 - DECAY[1]) * g * g;
-            let size = (second[at] / corrections[1]).sqrt();
-            // Elements without a gradient stay where they are.
-            if size > 0.0 {
-                self.values[at] -= self.rate * first[at] / corrections[0] / size;
-            }
+    fn step(&mut self, grad: &[f32]) {
+        let values = self.values.iter_mut().zip(&mut self.momentum);
+        for ((value, momentum), &grad) in values.zip(grad) {
+            *momentum = MOMENTUM * *momentum + grad;
+            *value -= RATE * *momentum;
         }
     }
 }
@@ -130,14 +119,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn adam_walks_downhill() {
+    fn steps_go_downhill() {
         let mut x = Trained::new([1, 1, 1, 2], &[3.0, -1.0]);
-        for step in 1..=4000 {
+        for _ in 0..400 {
             let grad: Vec<f32> = x.values.iter().map(|x| 2.0 * (x - 1.0)).collect();
-            x.step(&grad, step);
+            x.step(&grad);
         }
         assert!(
-            x.values.iter().all(|x| (x - 1.0).abs() < 0.05),
+            x.values.iter().all(|x| (x - 1.0).abs() < 1e-3),
             "{:?}",
             x.values
         );
