@@ -26,6 +26,8 @@ mod error;
 mod linear;
 mod modules;
 mod ops;
+mod quantized;
+mod quantized_weight;
 mod router;
 mod select;
 mod sla;
@@ -45,15 +47,22 @@ pub use attention::{AttentionOutput, block_sparse_attention, try_block_sparse_at
 pub use block_list::BlockList;
 pub use blocks::Blocks;
 pub use cubesla::{
-    AttentionOptions, Causal, FeatureMap, HostBlockList, LinearMode, ProblemError, TopKOrder,
+    AttentionOptions, Causal, FeatureMap, Format, Granularity, HostBlockList, LinearMode,
+    ProblemError, TopKOrder,
 };
 pub use error::Error;
 pub use linear::{linear_attention, try_linear_attention};
 pub use modules::{
-    FeatureMapConfig, LinearAttention, LinearAttentionConfig, LinearModeConfig, SlaMhaInput,
-    SlaMhaOutput, SlaMultiHeadAttention, SlaMultiHeadAttentionConfig, SlaVariant,
-    SparseLinearAttention, SparseLinearAttentionConfig,
+    Activations, FeatureMapConfig, FormatConfig, GranularityConfig, LinearAttention,
+    LinearAttentionConfig, LinearModeConfig, QatLinear, QuantLinear, QuantLinearConfig,
+    QuantLinearScheme, SlaMhaInput, SlaMhaOutput, SlaMultiHeadAttention,
+    SlaMultiHeadAttentionConfig, SlaVariant, SparseLinearAttention, SparseLinearAttentionConfig,
 };
+pub use quantized::{
+    fake_quantize, quantize_weight, quantized_linear, try_fake_quantize, try_quantize_weight,
+    try_quantized_linear,
+};
+pub use quantized_weight::QuantizedWeight;
 pub use router::{RouterOptions, RouterWeights, Routing, route, try_route};
 pub use select::{soft_top_k, top_k, try_soft_top_k, try_top_k};
 pub use sla::{SlaOptions, sla, sla2, try_sla, try_sla2};

@@ -3,9 +3,12 @@
 mod autodiff;
 mod cube;
 mod layout;
+mod quantized;
 mod shapes;
 mod values;
 
+use cube::launched;
+pub use quantized::{Form, Packed, QuantizedOps};
 pub use values::{Combination, Lists};
 
 use burn_core::backend::Backend;

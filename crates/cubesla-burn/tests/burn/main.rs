@@ -10,6 +10,8 @@ mod errors;
 mod formula;
 mod linear;
 mod modules;
+mod quantized;
+mod quantized_modules;
 mod records;
 mod router;
 mod select;
