@@ -21,6 +21,7 @@ compile_error!("cubesla-burn needs a runtime: enable the feature `wgpu`, `vulkan
 mod attention;
 mod block_list;
 mod blocks;
+pub mod checkpoint;
 mod convert;
 mod error;
 mod linear;

@@ -108,7 +108,7 @@ impl QuantLinearScheme {
     }
 
     /// An error unless a weight `[d_output, d_input]` can be held and multiplied like this.
-    pub(super) fn expect(&self, shape: [usize; 2]) -> Result<(), Error> {
+    pub(crate) fn expect(&self, shape: [usize; 2]) -> Result<(), Error> {
         let (format, granularity) = (self.format.into(), self.granularity.into());
         cubesla::expect_format("w", shape, format, granularity, self.zero_point)?;
         if self.activations == Activations::Quantized {

@@ -5,11 +5,13 @@
 //! device.
 
 mod attention;
+mod checkpoint;
 mod common;
 mod errors;
 mod formula;
 mod linear;
 mod modules;
+mod pytorch_file;
 mod quantized;
 mod quantized_modules;
 mod records;
