@@ -200,6 +200,7 @@ pub fn expect_dynamic(
     granularity: Granularity,
     zero_point: bool,
 ) -> Result<(), ProblemError> {
+    expect_weights(granularity)?;
     let shared = activation_granularity(granularity);
     expect_format("x", x, format, shared, false)?;
     if format == Format::Int8 && !zero_point {

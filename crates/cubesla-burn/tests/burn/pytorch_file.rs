@@ -129,7 +129,7 @@ impl Archive {
 fn crc32(data: &[u8]) -> u32 {
     !data.iter().fold(!0, |crc, &byte| {
         (0..8).fold(crc ^ u32::from(byte), |crc, _| {
-            crc >> 1 ^ 0xEDB8_8320 * (crc & 1)
+            (crc >> 1) ^ (0xEDB8_8320 * (crc & 1))
         })
     })
 }
