@@ -1,5 +1,5 @@
-//! Sparse and linear attention for [Burn](https://burn.dev): CubeSLA's kernels as operations with
-//! gradients, and modules made of them.
+//! Sparse and linear attention, and layers in low bits, for [Burn](https://burn.dev): CubeSLA's kernels
+//! as operations with gradients, and modules made of them.
 //!
 //! Functions take and return Burn's tensors on any device of a CubeCL runtime, with Burn's fusion and
 //! without, and are differentiable under its autodiff. Each comes twice: `try_name` returns an
@@ -12,8 +12,12 @@
 //! | [`soft_top_k`] | the library's kernel |
 //! | [`linear_attention`] | Burn's operations; the causal form has none |
 //! | [`route`], [`top_k`] | none, and tracked weights or rows are refused |
+//! | [`quantized_linear`] | the library's kernel; that of a bias in Burn's operations |
+//! | [`fake_quantize`] | straight through |
+//! | [`quantize_weight`] | none, and a tracked weight is refused |
 //!
-//! Modules: [`SparseLinearAttention`], [`LinearAttention`], [`SlaMultiHeadAttention`].
+//! Modules: [`SparseLinearAttention`], [`LinearAttention`], [`SlaMultiHeadAttention`]; [`QuantLinear`]
+//! and [`QatLinear`]. Weights of published models: [`checkpoint`].
 
 #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
 compile_error!("cubesla-burn needs a runtime: enable the feature `wgpu`, `vulkan` or `cuda`");
@@ -55,8 +59,8 @@ pub use error::Error;
 pub use linear::{linear_attention, try_linear_attention};
 pub use modules::{
     Activations, FeatureMapConfig, FormatConfig, GranularityConfig, LinearAttention,
-    LinearAttentionConfig, LinearModeConfig, QatLinear, QuantLinear, QuantLinearConfig,
-    QuantLinearScheme, SlaMhaInput, SlaMhaOutput, SlaMultiHeadAttention,
+    LinearAttentionConfig, LinearLayer, LinearModeConfig, QatLinear, QuantLinear,
+    QuantLinearConfig, QuantLinearScheme, SlaMhaInput, SlaMhaOutput, SlaMultiHeadAttention,
     SlaMultiHeadAttentionConfig, SlaVariant, SparseLinearAttention, SparseLinearAttentionConfig,
 };
 pub use quantized::{

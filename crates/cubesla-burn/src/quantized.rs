@@ -59,10 +59,8 @@ pub fn quantize_weight(
 /// `w` of any rank and strides rounded to what its low-bit form holds, in its own type: f32, f16 or
 /// bf16. Leading axes count as rows.
 ///
-/// The gradient is the straight-through one: that of the result, as scales reach the largest element
-/// and nothing is cut off.
-///
-/// See [`cubesla::fake_quantize`].
+/// The gradient is the straight-through one (arXiv 1308.3432): that of the result, as scales reach the
+/// largest element and nothing is cut off. See [`cubesla::fake_quantize`].
 ///
 /// # Errors
 /// [`Error`] for an argument that is refused, before anything is launched.

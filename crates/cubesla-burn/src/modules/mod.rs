@@ -1,6 +1,7 @@
 //! Modules in Burn's conventions.
 
 mod linear;
+mod linear_layer;
 mod multi_head;
 mod multi_head_config;
 mod qat_linear;
@@ -11,6 +12,7 @@ mod sparse_linear_config;
 mod values;
 
 pub use linear::{LinearAttention, LinearAttentionConfig};
+pub use linear_layer::LinearLayer;
 pub use multi_head::{SlaMhaInput, SlaMhaOutput, SlaMultiHeadAttention};
 pub use multi_head_config::SlaMultiHeadAttentionConfig;
 pub use qat_linear::QatLinear;

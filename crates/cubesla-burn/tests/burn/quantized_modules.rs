@@ -6,7 +6,8 @@ use burn_nn::{Linear, LinearConfig};
 use burn_optim::{AdamConfig, GradientsParams};
 use cubesla_burn::{
     Activations, Error, FormatConfig, GranularityConfig, ProblemError, QatLinear, QuantLinear,
-    QuantLinearConfig, QuantLinearScheme,
+    QuantLinearConfig, QuantLinearScheme, SlaMhaInput, SlaMultiHeadAttentionConfig,
+    SparseLinearAttentionConfig,
 };
 
 use crate::common::{assert_close, device, floats, leaf, noise};
@@ -169,6 +170,47 @@ fn burns_quantized_weights_are_taken() {
     let training = QatLinear::from_linear(burns, &scheme);
     let x = noise([3, 64], 1, &device());
     assert_close("out", layer.forward(x.clone()), training.forward(x), 1e-5);
+}
+
+/// Trained through the rounding, then with low-bit weights: the same attention.
+#[test]
+fn the_linears_of_an_attention_are_replaced() {
+    let device = device();
+    // All blocks, lest rounding choose others.
+    let attention = SparseLinearAttentionConfig::new(32).with_critical(1.0);
+    let config = SlaMultiHeadAttentionConfig::new(64, 2)
+        .with_attention(Some(attention))
+        .with_key_bias(false);
+    let exact = config.init(&device);
+    let scheme = QuantLinearScheme::w8a8_int8();
+    let training = exact
+        .clone()
+        .map_linears(|linear| QatLinear::from_linear(linear, &scheme));
+    assert_eq!(names(&training), names(&exact));
+    let input = || SlaMhaInput::self_attn(noise([1, 70, 64], 1, &device));
+    let rounded = training.forward(input()).context;
+    let low = training.map_linears(QatLinear::into_quantized);
+    assert_eq!(
+        names(&low)[..5],
+        [
+            "query.words",
+            "query.scales",
+            "query.bias",
+            "key.words",
+            "key.scales"
+        ]
+    );
+    let found = low.forward(input()).context;
+    assert_close("context", found.clone(), rounded, 1e-3);
+    assert_close("context", found, exact.forward(input()).context, 0.1);
+
+    let odd = SlaMultiHeadAttentionConfig::new(96, 3).init(&device);
+    let groups = scheme.with_granularity(GranularityConfig::Group(64));
+    let refused = odd.try_map_linears(|linear| QuantLinear::try_from_linear(linear, &groups));
+    assert!(matches!(
+        problem(refused.unwrap_err()),
+        ProblemError::Group { .. }
+    ));
 }
 
 fn problem(error: Error) -> ProblemError {
