@@ -114,6 +114,33 @@ fn gradients_are_the_formulas() {
 }
 
 #[test]
+fn gradients_have_the_types_of_their_inputs() {
+    let device = device().autodiff();
+    if !device.supports_dtype(DType::F16) {
+        return;
+    }
+    let half = FloatDType::F16;
+    for case in [CASES[0], CASES[3], CASES[6]] {
+        let w = constant(&weight([33, 128], 1, &device));
+        let w = quantize_weight(w, case.0, case.1, case.2);
+        let x = noise([2, 5, 128], 2, &device).cast(half);
+        let bias = noise([33], 3, &device).cast(half);
+        let upstream = noise([2, 5, 33], 4, &device).cast(half);
+        let [found, exact] = [half, FloatDType::F32].map(|dtype| {
+            let (x, bias) = (leaf(x.clone().cast(dtype)), leaf(bias.clone().cast(dtype)));
+            let out = quantized_linear(x.clone(), &w, Some(bias.clone()), case.3);
+            let grads = (out * upstream.clone().cast(dtype)).sum().backward();
+            let (dx, dbias) = (gradient(&x, &grads), gradient(&bias, &grads));
+            assert_eq!([dx.dtype(), dbias.dtype()], [DType::from(dtype); 2]);
+            (dx.cast(FloatDType::F32), dbias.cast(FloatDType::F32))
+        });
+        let what = format!("{case:?}");
+        assert_close(&what, found.0, exact.0, 2e-3);
+        assert_close(&what, found.1, exact.1, 2e-3);
+    }
+}
+
+#[test]
 fn a_bias_alone_has_its_gradient() {
     let device = device().autodiff();
     let w = constant(&noise([5, 7], 1, &device));

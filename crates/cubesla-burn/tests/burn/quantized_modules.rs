@@ -147,6 +147,13 @@ fn low_bit_weights_stay_as_they_are_and_the_bias_trains() {
     assert!(x.grad(&grads).is_some());
     assert_eq!(GradientsParams::from_grads(grads, &layer).len(), 1);
     assert!(!layer.scales.is_require_grad());
+
+    let (valid, input) = (layer.valid(), x.clone().without_autodiff());
+    let found = valid.forward(input).into_data();
+    found.assert_eq(&layer.forward(x).into_data(), true);
+    let again = valid.train();
+    assert!(!again.scales.is_require_grad());
+    assert!(again.bias.expect("there is one").is_require_grad());
 }
 
 /// What Burn has quantized is decoded, and its codes come out again.
