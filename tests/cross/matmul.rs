@@ -2,8 +2,8 @@
 
 use cubesla::{
     DType, DeviceTensor, Format, Granularity, ProblemError, QuantizedTensor, download,
-    dynamic_matmul, fake_quantize, quantize, quantized_matmul, quantized_matmul_backward, upload,
-    weight_only_matmul,
+    dynamic_matmul, expect_dynamic, fake_quantize, quantize, quantized_matmul,
+    quantized_matmul_backward, upload, weight_only_matmul,
 };
 use cubesla_reference::quantize::{Quantized, matmul, matmul_backward};
 use cubesla_reference::{Tensor, relative_error};
@@ -453,8 +453,10 @@ fn bad_arguments_are_refused() {
     ));
 
     let columns = w(Granularity::Column).unwrap();
-    let refused = dynamic_matmul(&client, &x, &columns, None, DType::F32);
+    let refused = dynamic_matmul(&client, &x, &columns, None, DType::F32).map(|_| ());
     assert!(matches!(refused, Err(ProblemError::NotSupported { .. })));
+    let before = |x, granularity, zeros| expect_dynamic(x, Format::Int8, granularity, zeros);
+    assert_eq!(before([3, 64], Granularity::Column, false), refused);
     let refused = quantized_matmul_backward(&client, &zeros([3, 5]), &columns);
     assert!(matches!(refused, Err(ProblemError::NotSupported { .. })));
 
@@ -468,8 +470,13 @@ fn bad_arguments_are_refused() {
         false,
     )
     .unwrap();
-    let refused = quantized_matmul(&client, &x, &x, None, DType::F32);
+    let refused = quantized_matmul(&client, &x, &x, None, DType::F32).map(|_| ());
     assert!(matches!(refused, Err(ProblemError::NotSupported { .. })));
+    assert_eq!(before([1, long], Granularity::Row, false), refused);
+    assert_eq!(before([1, long - 1], Granularity::Row, false), Ok(()));
+    // In f32, or in parts, they cannot.
+    assert_eq!(before([1, long], Granularity::Row, true), Ok(()));
+    assert_eq!(before([1, 133_248], Granularity::Block, false), Ok(()));
 
     // Blocks whose activations cannot be grouped.
     let w = quantize(
@@ -480,7 +487,8 @@ fn bad_arguments_are_refused() {
         false,
     )
     .unwrap();
-    let refused = dynamic_matmul(&client, &zeros([3, 100]), &w, None, DType::F32);
+    let refused = dynamic_matmul(&client, &zeros([3, 100]), &w, None, DType::F32).map(|_| ());
+    assert_eq!(before([3, 100], Granularity::Block, false), refused);
     assert!(matches!(
         refused,
         Err(ProblemError::Group {

@@ -110,7 +110,7 @@ fn fit_options(steps: usize, learning_rate: f64) -> FitOptions {
     FitOptions {
         steps,
         learning_rate,
-        checkpoints: None,
+        resume: None,
     }
 }
 

@@ -82,6 +82,12 @@ pub(crate) fn problem(
         }
     }
     let problem = AttentionProblem::from_shapes(q.dims(), k.dims(), v.dims(), dtype, options)?;
+    expect_supported(dtype, &client)?;
+    Ok((problem, client))
+}
+
+/// An error unless kernels on the client's device can use the type.
+pub(crate) fn expect_supported(dtype: cubesla::DType, client: &Client) -> Result<(), Error> {
     if !dtype.is_supported(client.properties()) {
         let instead = cubesla::DType::ALL
             .into_iter()
@@ -96,7 +102,25 @@ pub(crate) fn problem(
         }
         .into());
     }
-    Ok((problem, client))
+    Ok(())
+}
+
+/// The type of a tensor that kernels on its device can read: not empty, of floats that it has.
+pub(crate) fn expect_floats<const D: usize>(
+    argument: &'static str,
+    tensor: &Tensor<D>,
+) -> Result<cubesla::DType, Error> {
+    let client = client(&tensor.device())?;
+    let dtype = float_type(argument, tensor)?;
+    expect_supported(dtype, &client)?;
+    if tensor.dims().contains(&0) {
+        return Err(ProblemError::ZeroSize {
+            argument,
+            shape: tensor.dims().to_vec(),
+        }
+        .into());
+    }
+    Ok(dtype)
 }
 
 fn float_type<const D: usize>(

@@ -57,9 +57,9 @@ pub enum Error {
         /// What stands in the way, and what to change.
         why: &'static str,
     },
-    /// A training checkpoint could not be written or read.
-    #[error("checkpoint {path}: {reason}")]
-    Checkpoint {
+    /// The state of a training run could not be written or read.
+    #[error("the state of a training run in {path}: {reason}; remove the folder to begin anew")]
+    Resume {
         /// The file or folder.
         path: PathBuf,
         /// What went wrong.

@@ -1,5 +1,5 @@
-//! Sparse and linear attention for [Burn](https://burn.dev): CubeSLA's kernels as operations with
-//! gradients, and modules made of them.
+//! Sparse and linear attention, and layers in low bits, for [Burn](https://burn.dev): CubeSLA's kernels
+//! as operations with gradients, and modules made of them.
 //!
 //! Functions take and return Burn's tensors on any device of a CubeCL runtime, with Burn's fusion and
 //! without, and are differentiable under its autodiff. Each comes twice: `try_name` returns an
@@ -13,9 +13,12 @@
 //! | [`soft_top_k`] | the library's kernel |
 //! | [`linear_attention`] | Burn's operations; the causal form has none |
 //! | [`route`], [`top_k`] | none, and tracked weights or rows are refused |
+//! | [`quantized_linear`] | the library's kernel; that of a bias in Burn's operations |
+//! | [`fake_quantize`] | straight through |
+//! | [`quantize_weight`] | none, and a tracked weight is refused |
 //!
-//! Modules: [`SparseLinearAttention`], [`LinearAttention`], [`SlaMultiHeadAttention`]. Training of them:
-//! [`training`].
+//! Modules: [`SparseLinearAttention`], [`LinearAttention`], [`SlaMultiHeadAttention`]; [`QuantLinear`]
+//! and [`QatLinear`]. Weights of published models: [`checkpoint`]. Training: [`training`].
 
 #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
 compile_error!("cubesla-burn needs a runtime: enable the feature `wgpu`, `vulkan` or `cuda`");
@@ -23,11 +26,14 @@ compile_error!("cubesla-burn needs a runtime: enable the feature `wgpu`, `vulkan
 mod attention;
 mod block_list;
 mod blocks;
+pub mod checkpoint;
 mod convert;
 mod error;
 mod linear;
 mod modules;
 mod ops;
+mod quantized;
+mod quantized_weight;
 mod router;
 mod select;
 mod sla;
@@ -49,16 +55,22 @@ pub use attention::{AttentionOutput, block_sparse_attention, try_block_sparse_at
 pub use block_list::BlockList;
 pub use blocks::Blocks;
 pub use cubesla::{
-    AttentionOptions, Causal, FeatureMap, HostBlockList, LinearMode, Precision, ProblemError,
-    TopKOrder,
+    AttentionOptions, Causal, FeatureMap, Format, Granularity, HostBlockList, LinearMode,
+    Precision, ProblemError, TopKOrder,
 };
 pub use error::Error;
 pub use linear::{linear_attention, try_linear_attention};
 pub use modules::{
-    FeatureMapConfig, LinearAttention, LinearAttentionConfig, LinearModeConfig, PrecisionConfig,
-    SlaMhaInput, SlaMhaOutput, SlaMultiHeadAttention, SlaMultiHeadAttentionConfig, SlaVariant,
-    SparseLinearAttention, SparseLinearAttentionConfig,
+    Activations, FeatureMapConfig, FormatConfig, GranularityConfig, LinearAttention,
+    LinearAttentionConfig, LinearLayer, LinearModeConfig, PrecisionConfig, QatLinear, QuantLinear,
+    QuantLinearConfig, QuantLinearScheme, SlaMhaInput, SlaMhaOutput, SlaMultiHeadAttention,
+    SlaMultiHeadAttentionConfig, SlaVariant, SparseLinearAttention, SparseLinearAttentionConfig,
 };
+pub use quantized::{
+    fake_quantize, quantize_weight, quantized_linear, try_fake_quantize, try_quantize_weight,
+    try_quantized_linear,
+};
+pub use quantized_weight::QuantizedWeight;
 pub use router::{RouterOptions, RouterWeights, Routing, route, try_route};
 pub use select::{soft_top_k, top_k, try_soft_top_k, try_top_k};
 pub use sla::{SlaOptions, sla, sla2, try_sla, try_sla2};

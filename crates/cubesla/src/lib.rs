@@ -20,10 +20,11 @@ pub use cubecl::client::Client;
 pub use cubesla_kernels::attention::{LowBitFormats, LowBitScores, LowBitValues};
 pub use cubesla_kernels::linear::{FeatureMap, feature_rows};
 pub use cubesla_kernels::matmul::{
-    dynamic_matmul, quantized_matmul, quantized_matmul_backward, weight_only_matmul,
+    activation_granularity, dynamic_matmul, expect_dynamic, expect_weights, quantized_matmul,
+    quantized_matmul_backward, weight_only_matmul,
 };
 pub use cubesla_kernels::quantize::{
-    Format, Granularity, QuantizedTensor, dequantize, fake_quantize, quantize,
+    Format, Granularity, QuantizedTensor, dequantize, expect_format, fake_quantize, quantize,
 };
 pub use cubesla_kernels::router::{RouterGradients, RouterWeights, mean_pool, pooled_scores};
 pub use cubesla_kernels::select::{

@@ -19,13 +19,15 @@ Usage: cargo xtask <command>
 
   demo [args]        run `cubesla demo`
   report [args]      run `cubesla report`
+  low-bits [args]    run `cubesla low-bits`
   bench [args]       run `cubesla bench`, optimised
   test [args]        run all tests, on a GPU or on software Vulkan, then `cuda`
   cuda [part]        compile the CUDA kernels for each architecture, with no GPU, and judge them;
                      parts are attention, sla, selection and low-bits
   ci [--after-test]  run `test` unless it was run, then format, lints, documentation and links
 
-demo, report, bench and test install software Vulkan first if the machine has no GPU (Debian, Ubuntu).";
+demo, report, low-bits, bench and test install software Vulkan first if the machine has no GPU (Debian,
+Ubuntu).";
 
 fn main() -> ExitCode {
     match run() {
@@ -44,7 +46,7 @@ fn run() -> Result {
     };
     workspace::provide_runtime_folder()?;
     match (command.as_str(), args) {
-        ("demo" | "report", args) => {
+        ("demo" | "report" | "low-bits", args) => {
             device::ensure(false)?;
             step::run(cubesla(false).arg(command).args(args))
         }

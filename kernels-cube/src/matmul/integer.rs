@@ -28,6 +28,19 @@ struct IntegerScalars {
     steps: u32,
 }
 
+/// Products under one pair of scales, of rows of `len` whose scales reach so far.
+pub(super) fn step(x: usize, w: usize, len: usize) -> Result<usize, ProblemError> {
+    // Both are powers of two from 32, or at least the whole row.
+    let step = x.min(w).min(len);
+    if step > MAX_SUM {
+        return Err(ProblemError::NotSupported {
+            what: format!("a sum of {step} INT8 products"),
+            why: "it could overflow 32 bits: quantize in groups or blocks along K",
+        });
+    }
+    Ok(step)
+}
+
 pub(super) fn launch<const R: usize>(
     client: &Client,
     x: &QuantizedTensor<R>,
@@ -36,16 +49,11 @@ pub(super) fn launch<const R: usize>(
     let [rows, columns, len] = product.size;
     let w = product.w;
     let config = TileConfig::new([rows, columns], product.bias.is_some());
-    // Both are powers of two from 32, or at least the whole row.
-    let step = x.granularity().region(x.matrix())[1]
-        .min(w.granularity().region(w.matrix())[1])
-        .min(len);
-    if step > MAX_SUM {
-        return Err(ProblemError::NotSupported {
-            what: format!("a sum of {step} INT8 products"),
-            why: "it could overflow 32 bits: quantize in groups or blocks along K",
-        });
-    }
+    let step = step(
+        x.granularity().region(x.matrix())[1],
+        w.granularity().region(w.matrix())[1],
+        len,
+    )?;
     let (tiles, steps) = (step.div_ceil(4 * WORDS), len.div_ceil(step));
     let device = client.properties();
     let loads = (config.rows() + config.columns()) * WORDS / UNITS;

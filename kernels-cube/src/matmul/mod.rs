@@ -24,7 +24,8 @@ use cubecl::prelude::*;
 use crate::limits::{expect_buffer, expect_dtype};
 use crate::problem::{expect_f32, expect_shape};
 use crate::quantize::{
-    Format, Granularity, QuantizedTensor, dequantize, flattened, matrix_shape, quantize,
+    Format, Granularity, QuantizedTensor, dequantize, expect_format, flattened, matrix_shape,
+    quantize,
 };
 use crate::{DType, DeviceTensor, ProblemError};
 
@@ -175,12 +176,39 @@ pub fn dynamic_matmul<const R: usize>(
     bias: Option<&DeviceTensor<1>>,
     dtype: DType,
 ) -> Result<DeviceTensor<R>, ProblemError> {
-    let granularity = match w.granularity() {
-        Granularity::Block => Granularity::Group(128),
-        _ => Granularity::Row,
-    };
+    let granularity = activation_granularity(w.granularity());
     let x = quantize(client, x, w.format(), granularity, false)?;
     quantized_matmul(client, &x, w, bias, dtype)
+}
+
+/// How [`dynamic_matmul`] shares the scales of activations, for weights that share theirs like this.
+pub fn activation_granularity(weights: Granularity) -> Granularity {
+    match weights {
+        Granularity::Block => Granularity::Group(128),
+        _ => Granularity::Row,
+    }
+}
+
+/// An error unless [`dynamic_matmul`] takes activations of `[rows, K]` with such weights: what it
+/// refuses whatever the device, for callers that launch later.
+///
+/// # Errors
+/// As for [`dynamic_matmul`].
+pub fn expect_dynamic(
+    x: [usize; 2],
+    format: Format,
+    granularity: Granularity,
+    zero_point: bool,
+) -> Result<(), ProblemError> {
+    expect_weights(granularity)?;
+    let shared = activation_granularity(granularity);
+    expect_format("x", x, format, shared, false)?;
+    if format == Format::Int8 && !zero_point {
+        // A row of weights has the scales that any number of rows has.
+        let weights = granularity.region([1, x[1]]);
+        integer::step(shared.region(x)[1], weights[1], x[1])?;
+    }
+    Ok(())
 }
 
 /// The gradient of these products with respect to `X`: `dX = dY W [.., K]`, from `dy [.., N]`, in
@@ -201,7 +229,7 @@ pub fn quantized_matmul_backward<const R: usize>(
     let mut expected = dy.shape();
     expected[R - 1] = outputs;
     expect_shape("dy", dy.shape(), expected)?;
-    expect_weights(w)?;
+    expect_weights(w.granularity())?;
     let view = flattened("dy", dy)?;
     let mut shape = dy.shape();
     shape[R - 1] = inputs;
@@ -232,8 +260,12 @@ fn expect_activations<const R: usize>(
     expect_dtype(client.properties(), x.dtype())
 }
 
-fn expect_weights(w: &QuantizedTensor<2>) -> Result<(), ProblemError> {
-    match w.granularity() {
+/// An error unless products take weights that share their scales like this.
+///
+/// # Errors
+/// [`ProblemError::NotSupported`] for a scale per column.
+pub fn expect_weights(granularity: Granularity) -> Result<(), ProblemError> {
+    match granularity {
         Granularity::Column => Err(ProblemError::NotSupported {
             what: "a product with weights that have a scale per column".into(),
             why: "columns are what is summed over: quantize by row, group or block",
@@ -252,7 +284,7 @@ fn empty_out<const R: usize>(
 ) -> Result<DeviceTensor<R>, ProblemError> {
     let device = client.properties();
     expect_dtype(device, dtype)?;
-    expect_weights(w)?;
+    expect_weights(w.granularity())?;
     let outputs = w.shape()[0];
     if let Some(bias) = bias {
         expect_f32("bias", bias, [outputs])?;

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::codes::code;
 use super::{
     Format, Granularity, QuantizedTensor, Regions, expect_format, flattened, matrix_shape, number,
-    regions, scales, words_per_row,
+    regions, scales,
 };
 use crate::limits::{expect_buffer, expect_dtype, line_grid};
 use crate::{DType, DeviceTensor, ProblemError};
@@ -30,7 +30,7 @@ pub fn quantize<const R: usize>(
     expect_dtype(device, x.dtype())?;
     let matrix = matrix_shape(x.shape());
     let view = flattened("x", x)?;
-    let pitch = words_per_row(matrix[1], format);
+    let pitch = format.words_per_row(matrix[1]);
     let words = matrix[0] * pitch;
     expect_buffer(device, "x, quantized", words * 4)?;
     let grid = line_grid(device, "words", words.div_ceil(UNITS))?;

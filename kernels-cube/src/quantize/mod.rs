@@ -50,6 +50,12 @@ impl Format {
         32 / self.bits()
     }
 
+    /// Words of a row of so many elements: whole groups of 16 bytes, so that any row can be read in
+    /// vectors.
+    pub fn words_per_row(self, columns: usize) -> usize {
+        columns.div_ceil(self.per_word()).next_multiple_of(4)
+    }
+
     /// The largest magnitude without a zero point.
     pub(crate) fn top(self) -> f32 {
         match self {
@@ -147,7 +153,7 @@ impl<const R: usize> QuantizedTensor<R> {
     ) -> Result<Self, ProblemError> {
         expect_format("words", shape, format, granularity, zeros.is_some())?;
         let matrix = matrix_shape(shape);
-        let expected = matrix[0] * words_per_row(matrix[1], format) * 4;
+        let expected = matrix[0] * format.words_per_row(matrix[1]) * 4;
         let found = words.size_in_used() as usize;
         if found != expected {
             return Err(ProblemError::PackedLength { found, expected });
@@ -204,7 +210,7 @@ impl<const R: usize> QuantizedTensor<R> {
 
     /// Words of a row.
     pub fn words_per_row(&self) -> usize {
-        words_per_row(self.shape[R - 1], self.format)
+        self.format.words_per_row(self.shape[R - 1])
     }
 
     /// Bytes of the elements, the scales and the zero points.
@@ -263,13 +269,13 @@ pub(crate) fn matrix_shape<const R: usize>(shape: [usize; R]) -> [usize; 2] {
     [rows.iter().product(), *columns]
 }
 
-/// Words of a row: whole groups of 16 bytes, so that any row can be read in vectors.
-pub(crate) fn words_per_row(columns: usize, format: Format) -> usize {
-    columns.div_ceil(format.per_word()).next_multiple_of(4)
-}
-
-/// An error unless a tensor of `shape` can be held like this.
-fn expect_format<const R: usize>(
+/// An error unless a tensor of `shape` can be held like this: what [`quantize`] and
+/// [`QuantizedTensor::new`] refuse whatever the device, for callers that launch later.
+///
+/// # Errors
+/// [`ProblemError::ZeroSize`], [`ProblemError::TooLong`], [`ProblemError::Group`], and
+/// [`ProblemError::NotSupported`] for a zero point in FP8.
+pub fn expect_format<const R: usize>(
     argument: &'static str,
     shape: [usize; R],
     format: Format,

@@ -28,6 +28,7 @@ pub fn draw(path: &Path, points: &[Point]) -> Result<(), Box<dyn Error>> {
         .build_cartesian_2d(first - 1.0..100.0, 0.0..top)?;
     chart
         .configure_mesh()
+        .light_line_style(TRANSPARENT)
         .x_desc("key blocks left out of exact attention, %")
         .y_desc("|O - full| / |full|")
         .draw()?;

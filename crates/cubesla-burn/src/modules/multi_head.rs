@@ -5,7 +5,7 @@ use burn_core::module::Module;
 use burn_core::tensor::{Bool, Tensor};
 use burn_nn::Linear;
 
-use super::SparseLinearAttention;
+use super::{LinearLayer, SparseLinearAttention};
 use crate::Error;
 use crate::error::unwrap;
 
@@ -58,17 +58,18 @@ pub struct SlaMhaOutput {
 
 /// Multi-head attention with [`SparseLinearAttention`] inside, in the place of Burn's
 /// `MultiHeadAttention`, whose four linear layers it names alike: a record of that loads into this
-/// one with `allow_partial(true)`.
+/// one with `allow_partial(true)`. The four may be of another kind:
+/// [`map_linears`](Self::map_linears).
 #[derive(Module, Debug)]
-pub struct SlaMultiHeadAttention {
+pub struct SlaMultiHeadAttention<L: Module = Linear> {
     /// From features to queries.
-    pub query: Linear,
+    pub query: L,
     /// From features to keys.
-    pub key: Linear,
+    pub key: L,
     /// From features to values.
-    pub value: Linear,
+    pub value: L,
     /// From the heads' results to features.
-    pub output: Linear,
+    pub output: L,
     /// What is between them.
     pub attention: SparseLinearAttention,
     /// Features of the input and of the output.
@@ -77,12 +78,51 @@ pub struct SlaMultiHeadAttention {
     pub n_heads: usize,
 }
 
-impl SlaMultiHeadAttention {
+impl<L: LinearLayer> SlaMultiHeadAttention<L> {
+    /// The same with each of the four linear layers replaced by what `map` makes of it.
+    ///
+    /// ```
+    /// use cubesla_burn::{Error, QuantLinear, QuantLinearScheme, SlaMultiHeadAttention};
+    ///
+    /// fn quantize(
+    ///     attention: SlaMultiHeadAttention,
+    /// ) -> Result<SlaMultiHeadAttention<QuantLinear>, Error> {
+    ///     let scheme = QuantLinearScheme::w8a8_int8();
+    ///     attention.try_map_linears(|linear| QuantLinear::try_from_linear(linear, &scheme))
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of `map`.
+    pub fn try_map_linears<M: LinearLayer>(
+        self,
+        mut map: impl FnMut(L) -> Result<M, Error>,
+    ) -> Result<SlaMultiHeadAttention<M>, Error> {
+        Ok(SlaMultiHeadAttention {
+            query: map(self.query)?,
+            key: map(self.key)?,
+            value: map(self.value)?,
+            output: map(self.output)?,
+            attention: self.attention,
+            d_model: self.d_model,
+            n_heads: self.n_heads,
+        })
+    }
+
+    /// [`try_map_linears`](Self::try_map_linears) of a `map` that makes no errors.
+    pub fn map_linears<M: LinearLayer>(
+        self,
+        mut map: impl FnMut(L) -> M,
+    ) -> SlaMultiHeadAttention<M> {
+        let mapped = self.try_map_linears(|linear| Ok(map(linear)));
+        unwrap("SlaMultiHeadAttention", mapped)
+    }
+
     /// Attention of the input's queries over its keys and values.
     ///
     /// # Errors
     /// [`Error::Mask`] for a mask, [`Error::Input`] for other features than `d_model`, and as for
-    /// [`SparseLinearAttention::try_forward`].
+    /// [`SparseLinearAttention::try_forward`] and the linear layers.
     pub fn try_forward(&self, input: SlaMhaInput) -> Result<SlaMhaOutput, Error> {
         let masks = [
             ("mask_pad", input.mask_pad.is_some()),
@@ -105,7 +145,7 @@ impl SlaMultiHeadAttention {
             .swap_dims(1, 2)
             .reshape([batch, length, self.d_model]);
         Ok(SlaMhaOutput {
-            context: self.output.forward(context),
+            context: self.output.try_apply(context)?,
         })
     }
 
@@ -120,12 +160,7 @@ impl SlaMultiHeadAttention {
 
     /// `[batch, seq, d_model]` to `[batch, heads, seq, head_dim]`, a view that kernels read as it
     /// lies.
-    fn heads(
-        &self,
-        argument: &'static str,
-        x: Tensor<3>,
-        linear: &Linear,
-    ) -> Result<Tensor<4>, Error> {
+    fn heads(&self, argument: &'static str, x: Tensor<3>, linear: &L) -> Result<Tensor<4>, Error> {
         let [batch, length, features] = x.dims();
         if features != self.d_model {
             return Err(Error::Input {
@@ -136,7 +171,7 @@ impl SlaMultiHeadAttention {
         }
         let head_dim = self.d_model / self.n_heads;
         Ok(linear
-            .forward(x)
+            .try_apply(x)?
             .reshape([batch, length, self.n_heads, head_dim])
             .swap_dims(1, 2))
     }

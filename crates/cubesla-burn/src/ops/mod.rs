@@ -3,10 +3,13 @@
 mod autodiff;
 mod cube;
 mod layout;
+mod quantized;
 mod shapes;
 mod soft;
 mod values;
 
+use cube::launched;
+pub use quantized::{Form, Packed, QuantizedOps};
 pub use soft::SoftOps;
 pub use values::{Combination, Lists};
 

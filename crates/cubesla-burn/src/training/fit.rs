@@ -5,7 +5,7 @@ use burn_core::tensor::Tensor;
 use burn_optim::{GradientsParams, ModuleOptimizer};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::Checkpoints;
+use super::Resume;
 use crate::Error;
 
 /// What a caller chooses about [`fit`].
@@ -16,7 +16,7 @@ pub struct FitOptions {
     /// The optimiser's.
     pub learning_rate: f64,
     /// Where the state is kept, and resumed from if there is one.
-    pub checkpoints: Option<Checkpoints>,
+    pub resume: Option<Resume>,
 }
 
 /// What [`fit`] returns.
@@ -31,11 +31,11 @@ pub struct Fit<M> {
 /// Lowers `loss(model, step)`, a scalar, step by step, with a progress bar on a terminal.
 ///
 /// `model` is on an autodiff device. The loss is read after every step, so the device is waited for.
-/// With checkpoints a run that was stopped goes on from the last one, as if it had not been: the loss
-/// must then depend on nothing but the model and the number of the step.
+/// With [`Resume`] a run that was stopped goes on where its folder left it, as if it had not been: the
+/// loss must then depend on nothing but the model and the number of the step.
 ///
 /// # Errors
-/// Those of `loss`, and [`Error::Checkpoint`].
+/// Those of `loss`, and [`Error::Resume`].
 pub fn fit<M: Module>(
     model: M,
     optimizer: ModuleOptimizer,
@@ -44,8 +44,8 @@ pub fn fit<M: Module>(
 ) -> Result<Fit<M>, Error> {
     let (mut model, mut optimizer) = (model, optimizer);
     let mut losses = Vec::with_capacity(options.steps);
-    if let Some(checkpoints) = &options.checkpoints {
-        (model, optimizer, losses) = checkpoints.resume(model, optimizer)?;
+    if let Some(resume) = &options.resume {
+        (model, optimizer, losses) = resume.read(model, optimizer)?;
     }
     let style = ProgressStyle::with_template("{bar:30} step {pos}/{len}, loss {msg}, {eta} left");
     let bar = ProgressBar::new(options.steps as u64)
@@ -59,8 +59,8 @@ pub fn fit<M: Module>(
         losses.push(value);
         bar.set_message(format!("{value:.3e}"));
         bar.inc(1);
-        if let Some(checkpoints) = &options.checkpoints {
-            checkpoints.write(&model, &optimizer, &losses, options.steps)?;
+        if let Some(resume) = &options.resume {
+            resume.write(&model, &optimizer, &losses, options.steps)?;
         }
     }
     bar.finish_and_clear();

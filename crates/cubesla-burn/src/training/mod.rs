@@ -8,12 +8,12 @@
 //! In the second stage a [`PrecisionConfig`](crate::PrecisionConfig) in low bits makes it
 //! quantization-aware. Source: SLA2 (arXiv 2602.12675).
 
-mod checkpoint;
 mod fit;
 mod metrics;
+mod resume;
 mod router;
 
-pub use checkpoint::Checkpoints;
 pub use fit::{Fit, FitOptions, fit};
 pub use metrics::{Metrics, block_mass, distance, evaluate, full_attention};
+pub use resume::Resume;
 pub use router::{RouterTraining, train_router};

@@ -24,7 +24,7 @@ pub struct RouterTraining {
 ///
 /// # Errors
 /// [`Error::FirstStage`] for a module that has no first stage, [`Error::NotDifferentiable`] for tracked
-/// inputs, [`Error::Checkpoint`], and what [`SparseLinearAttention::try_forward_soft`] refuses.
+/// inputs, [`Error::Resume`], and what [`SparseLinearAttention::try_forward_soft`] refuses.
 pub fn train_router(
     module: SparseLinearAttention,
     options: &RouterTraining,

@@ -5,11 +5,15 @@
 //! device.
 
 mod attention;
+mod checkpoint;
 mod common;
 mod errors;
 mod formula;
 mod linear;
 mod modules;
+mod pytorch_file;
+mod quantized;
+mod quantized_modules;
 mod records;
 mod router;
 mod select;

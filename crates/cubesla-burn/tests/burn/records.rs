@@ -1,5 +1,5 @@
 use burn_core::module::{Module, ModuleVisitor, Param};
-use burn_core::tensor::Tensor;
+use burn_core::tensor::{Int, Tensor};
 use cubesla_burn::{SlaMultiHeadAttentionConfig, SlaVariant, SparseLinearAttentionConfig};
 
 use crate::common::{device, noise};
@@ -23,9 +23,13 @@ impl ModuleVisitor for Names {
     fn visit_float<const D: usize>(&mut self, _param: &Param<Tensor<D>>) {
         self.names.push(self.path.join("."));
     }
+
+    fn visit_int<const D: usize>(&mut self, _param: &Param<Tensor<D, Int>>) {
+        self.names.push(self.path.join("."));
+    }
 }
 
-fn names(module: &impl Module) -> Vec<String> {
+pub fn names(module: &impl Module) -> Vec<String> {
     let mut visitor = Names::default();
     module.visit(&mut visitor);
     visitor.names

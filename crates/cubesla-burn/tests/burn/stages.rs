@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use burn_core::tensor::Tensor;
 use burn_optim::AdamConfig;
 use cubesla_burn::training::{
-    Checkpoints, FitOptions, RouterTraining, block_mass, distance, evaluate, fit, full_attention,
+    FitOptions, Resume, RouterTraining, block_mass, distance, evaluate, fit, full_attention,
     train_router,
 };
 use cubesla_burn::{PrecisionConfig, SparseLinearAttention, SparseLinearAttentionConfig};
@@ -33,7 +33,7 @@ fn options(steps: usize) -> RouterTraining {
         fit: FitOptions {
             steps,
             learning_rate: 3e-2,
-            checkpoints: None,
+            resume: None,
         },
     }
 }
@@ -81,20 +81,20 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
     let qkv = inputs(&device);
     let name = format!("cubesla-burn-stages-{}", std::process::id());
     let folder = Folder(std::env::temp_dir().join(name));
-    let run = |steps, checkpoints| {
+    let run = |steps, resume| {
         let mut options = options(steps);
-        options.fit.checkpoints = checkpoints;
+        options.fit.resume = resume;
         train_router(config().init(&device), &options, |_| qkv.clone()).unwrap()
     };
     let whole = run(5, None);
-    let checkpoints = || {
-        Some(Checkpoints {
+    let resume = || {
+        Some(Resume {
             folder: folder.0.clone(),
             every: 2,
         })
     };
-    run(3, checkpoints());
-    let resumed = run(5, checkpoints());
+    run(3, resume());
+    let resumed = run(5, resume());
     assert_eq!(resumed.losses, whole.losses);
     assert_eq!(parameters(&resumed.model), parameters(&whole.model));
     // One state is kept, of the last step.
@@ -107,7 +107,7 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
 
     std::fs::write(folder.0.join("losses.txt"), "no number").unwrap();
     let mut options = options(6);
-    options.fit.checkpoints = checkpoints();
+    options.fit.resume = resume();
     let error = train_router(config().init(&device), &options, |_| qkv.clone()).unwrap_err();
     assert!(error.to_string().contains("losses.txt"), "{error}");
 }
@@ -182,7 +182,7 @@ fn the_second_stage_trains_in_low_bits() {
     let options = FitOptions {
         steps: 6,
         learning_rate: 0.1,
-        checkpoints: None,
+        resume: None,
     };
     let trained = fit(low, AdamConfig::new().init(), &options, |model, _| {
         let out = model.try_forward(q.clone(), k.clone(), v.clone())?;

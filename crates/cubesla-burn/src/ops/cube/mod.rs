@@ -17,7 +17,7 @@ type ListTensors = Lists<CubeBackend>;
 
 /// What is left to go wrong at a launch depends on the device alone, and Burn's operations have no
 /// way to return it.
-fn launched<T>(operation: &str, result: Result<T, Error>) -> T {
+pub(super) fn launched<T>(operation: &str, result: Result<T, Error>) -> T {
     result.unwrap_or_else(|error| panic!("{operation}: {error}"))
 }
 

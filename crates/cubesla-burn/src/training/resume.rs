@@ -10,19 +10,19 @@ use crate::Error;
 
 /// A folder that holds the last state of one run: the model's record, the optimiser's, and the losses.
 #[derive(Clone, Debug)]
-pub struct Checkpoints {
+pub struct Resume {
     /// The folder; made if it is not there.
     pub folder: PathBuf,
-    /// Steps from one checkpoint to the next; the last step has one too.
+    /// Steps from one writing to the next; the last step is always written.
     pub every: usize,
 }
 
 /// The file whose presence makes the others count: a loss a line.
 const LOSSES: &str = "losses.txt";
 
-impl Checkpoints {
+impl Resume {
     /// What the folder holds, or what came in if it holds nothing.
-    pub(super) fn resume<M: Module>(
+    pub(super) fn read<M: Module>(
         &self,
         model: M,
         optimizer: ModuleOptimizer,
@@ -95,7 +95,7 @@ impl Checkpoints {
 }
 
 fn error(path: &Path, reason: impl ToString) -> Error {
-    Error::Checkpoint {
+    Error::Resume {
         path: path.to_owned(),
         reason: reason.to_string(),
     }
