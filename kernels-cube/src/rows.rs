@@ -63,9 +63,9 @@ pub struct RowTarget {
     pub end_column: u32,
 }
 
-/// Fills the rows and columns of `tile` that exist with what [`store_rows`] wrote.
+/// Adds what [`store_rows`] wrote to the rows and columns of `tile` that exist.
 #[cube]
-pub(crate) fn read_rows<F: Float, V: Size, Fr: Fragment>(
+pub(crate) fn add_rows<F: Float, V: Size, Fr: Fragment>(
     tile: &mut Fr,
     from: &[Vector<F, V>],
     target: RowTarget,
@@ -85,7 +85,8 @@ pub(crate) fn read_rows<F: Float, V: Size, Fr: Fragment>(
                     let values = from[(start + col as usize) / run];
                     #[unroll]
                     for e in 0..run {
-                        tile.set(r, comptime!(g * run + e), f32::cast_from(values.extract(e)));
+                        let c = comptime!(g * run + e);
+                        tile.set(r, c, tile.get(r, c) + f32::cast_from(values.extract(e)));
                     }
                 }
             }

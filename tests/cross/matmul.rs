@@ -6,7 +6,7 @@ use cubesla::{
     quantized_matmul_backward, upload, weight_only_matmul,
 };
 use cubesla_reference::quantize::{Quantized, matmul, matmul_backward};
-use cubesla_reference::{Tensor, relative_error};
+use cubesla_reference::{Tensor, cosine, relative_error, relative_l1};
 use harness::case::wide;
 use harness::plain::stored;
 use harness::quantize::{expected, packed};
@@ -314,10 +314,7 @@ fn low_bit_errors() {
             dynamic_matmul(&client, &x, &w, None, DType::F32)
         };
         let found = wide(&download(&client, &out.unwrap()).unwrap());
-        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
-        let cosine = dot(&found, exact) / (dot(&found, &found) * dot(exact, exact)).sqrt();
-        let difference: f64 = found.iter().zip(exact).map(|(x, y)| (x - y).abs()).sum();
-        let l1 = difference / exact.iter().map(|x| x.abs()).sum::<f64>();
+        let (cosine, l1) = (cosine(&found, exact), relative_l1(&found, exact));
         println!("{scheme:?}: cosine {cosine:.6}, relative L1 {l1:.4}");
         assert!(
             cosine >= least_cosine && l1 <= most_l1,

@@ -27,15 +27,3 @@ pub fn reference_formats(formats: LowBitFormats) -> Formats {
         smooth: true,
     }
 }
-
-/// Cosine of the angle between two results, and the L1 norm of their difference relative to that of
-/// `exact`, which is not 0.
-pub fn cosine_and_l1(found: &[f64], exact: &[f64]) -> (f64, f64) {
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
-    let cosine = dot(found, exact) / (dot(found, found) * dot(exact, exact)).sqrt();
-    let difference: f64 = found.iter().zip(exact).map(|(x, y)| (x - y).abs()).sum();
-    (
-        cosine,
-        difference / exact.iter().map(|x| x.abs()).sum::<f64>(),
-    )
-}

@@ -26,4 +26,4 @@ pub mod sla;
 pub mod soft_top_k;
 mod tensor;
 
-pub use tensor::{Tensor, relative_error};
+pub use tensor::{Tensor, cosine, relative_error, relative_l1};

@@ -139,6 +139,18 @@ pub(crate) fn axpy(y: &mut [f64], a: f64, x: &[f64]) {
 }
 
 /// Central differences of `loss` in every element of `inputs[at]`.
+/// Cosine of the angle between two results, neither of which is 0.
+pub fn cosine(value: &[f64], expected: &[f64]) -> f64 {
+    dot(value, expected) / (dot(value, value) * dot(expected, expected)).sqrt()
+}
+
+/// The L1 norm of the difference, relative to that of `expected`, which is not 0.
+pub fn relative_l1(value: &[f64], expected: &[f64]) -> f64 {
+    let pairs = value.iter().zip(expected);
+    let difference: f64 = pairs.map(|(x, y)| (x - y).abs()).sum();
+    difference / expected.iter().map(|y| y.abs()).sum::<f64>()
+}
+
 #[cfg(test)]
 pub(crate) fn differences<const N: usize>(
     inputs: &mut [Tensor; N],

@@ -7,7 +7,7 @@ use crate::block_list::{BlockListView, BlockRow, KeyWalk};
 use crate::engine::*;
 use crate::linear::{FeatureMap, OutputConfig, divide_rows, multiply_state};
 use crate::mask::{TileWindow, scale_and_mask};
-use crate::rows::{RowRange, RowTarget, read_rows, store_rows};
+use crate::rows::{RowRange, RowTarget, add_rows, store_rows};
 use crate::softmax::OnlineSoftmax;
 
 /// How the linear branch comes by its sums over keys.
@@ -121,7 +121,7 @@ pub(crate) fn sla_forward_kernel<E: TileEngine<F>, F: Float, N: Size, V: Size>(
         };
         let width = config.value_dim;
         if config.given {
-            read_rows::<F, V, E::Fragment>(&mut branches.sparse, &outputs.sparse, target, width);
+            add_rows::<F, V, E::Fragment>(&mut branches.sparse, &outputs.sparse, target, width);
             if comptime!(config.form == LinearForm::Subtract) {
                 branches.walk_linear::<N>(v, phi_k, critical, critical_row, place, scalars);
             }

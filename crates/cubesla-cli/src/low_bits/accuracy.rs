@@ -7,6 +7,7 @@ use cubesla::{
 use cubesla_reference::attention::Causal;
 use cubesla_reference::low_bit::{self, Formats};
 use cubesla_reference::quantize::Format;
+use cubesla_reference::{cosine, relative_l1};
 use indicatif::ProgressBar;
 
 use crate::error::Error;
@@ -34,11 +35,9 @@ pub struct Closeness {
 
 impl Closeness {
     pub fn new(found: &[f64], exact: &[f64]) -> Self {
-        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
-        let difference: f64 = found.iter().zip(exact).map(|(x, y)| (x - y).abs()).sum();
         Self {
-            cosine: dot(found, exact) / (dot(found, found) * dot(exact, exact)).sqrt(),
-            l1: difference / exact.iter().map(|x| x.abs()).sum::<f64>(),
+            cosine: cosine(found, exact),
+            l1: relative_l1(found, exact),
         }
     }
 }

@@ -33,7 +33,6 @@ use crate::attention::{WeightJob, WeightTerm, row_dots};
 use crate::block_list::weights_arg;
 use crate::engine::*;
 use crate::limits::{expect_buffer, expect_loop_budget, grid};
-use crate::rows::RowTarget;
 use crate::tensor::contiguous;
 use crate::{AttentionProblem, BlockList, DType, DeviceTensor, InverseBlockList, ProblemError};
 
@@ -225,38 +224,6 @@ pub(crate) fn linear_gradients(
         dk: through_phi(client, &phi_k, dk, phi, &others.dk)?,
         dv: rounded(client, &others.dv, problem.dtype())?,
     })
-}
-
-/// Adds what `out` holds to the rows and columns of `tile` that exist; see
-/// [`store_rows`](crate::rows::store_rows).
-#[cube]
-pub(crate) fn add_stored<G: Float, V: Size, Fr: Fragment>(
-    tile: &mut Fr,
-    out: &[Vector<G, V>],
-    target: RowTarget,
-    #[comptime] width: usize,
-) {
-    let tile_cols = tile.cols();
-    let run = tile.run();
-    let runs = comptime!(tile_cols / run);
-    #[unroll]
-    for r in 0..tile.rows() {
-        if tile.row(r) < target.len {
-            let start = (target.first_row + tile.row(r) as usize) * width;
-            #[unroll]
-            for g in 0..runs {
-                let col = target.first_column + tile.col(comptime!(g * run));
-                if col < target.end_column {
-                    let values = out[(start + col as usize) / run];
-                    #[unroll]
-                    for e in 0..run {
-                        let c = comptime!(g * run + e);
-                        tile.set(r, c, tile.get(r, c) + f32::cast_from(values.extract(e)));
-                    }
-                }
-            }
-        }
-    }
 }
 
 /// The linear branch where each block has a weight `m` and the branch the rest of it:

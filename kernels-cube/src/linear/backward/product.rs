@@ -2,10 +2,9 @@
 
 use cubecl::prelude::*;
 
-use super::add_stored;
 use crate::engine::*;
 use crate::limits::{expect_loop_budget, grid};
-use crate::rows::{RowRange, RowTarget, store_rows};
+use crate::rows::{RowRange, RowTarget, add_rows, store_rows};
 use crate::{DeviceTensor, ProblemError};
 
 /// `out = factor a b^T`, added to what `out` holds if `accumulate`: `a [B, H, L, W]` and
@@ -169,7 +168,7 @@ fn multiply_rows_kernel<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Size>(
         end_column: comptime!(config.columns as u32),
     };
     if config.accumulate {
-        add_stored::<G, V, E::Fragment>(&mut products, &*out, target, config.columns);
+        add_rows::<G, V, E::Fragment>(&mut products, &*out, target, config.columns);
     }
     store_rows::<G, V, E::Fragment>(out, &products, target, config.columns);
 }

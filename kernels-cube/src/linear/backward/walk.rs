@@ -8,10 +8,9 @@
 
 use cubecl::prelude::*;
 
-use super::add_stored;
 use crate::block_list::{BlockListView, BlockWeightsView, InverseListView, KeyWalk, QueryWalk};
 use crate::engine::*;
-use crate::rows::{RowRange, RowTarget, store_rows};
+use crate::rows::{RowRange, RowTarget, add_rows, store_rows};
 
 /// What the kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -106,7 +105,7 @@ pub(crate) fn query_walk<E: TileEngine<F>, F: Float, N: Size, V: Size>(
             end_column: comptime!(config.head_dim as u32),
         };
         if config.accumulate {
-            add_stored::<f32, V, E::Fragment>(&mut acc, &*dphi, target, config.head_dim);
+            add_rows::<f32, V, E::Fragment>(&mut acc, &*dphi, target, config.head_dim);
         }
         store_rows::<f32, V, E::Fragment>(dphi, &acc, target, config.head_dim);
     }
@@ -194,7 +193,7 @@ pub(crate) fn key_walk<E: TileEngine<F>, F: Float, N: Size, V: Size>(
             end_column: comptime!(config.head_dim as u32),
         };
         if config.accumulate {
-            add_stored::<f32, V, E::Fragment>(&mut dk_acc, &*dphi, target, config.head_dim);
+            add_rows::<f32, V, E::Fragment>(&mut dk_acc, &*dphi, target, config.head_dim);
         }
         store_rows::<f32, V, E::Fragment>(dphi, &dk_acc, target, config.head_dim);
         let target = RowTarget {
@@ -203,7 +202,7 @@ pub(crate) fn key_walk<E: TileEngine<F>, F: Float, N: Size, V: Size>(
             first_column: 0,
             end_column: comptime!(config.value_dim as u32),
         };
-        add_stored::<f32, V, E::Fragment>(&mut dv_acc, &*dv, target, config.value_dim);
+        add_rows::<f32, V, E::Fragment>(&mut dv_acc, &*dv, target, config.value_dim);
         store_rows::<f32, V, E::Fragment>(dv, &dv_acc, target, config.value_dim);
     }
 }
