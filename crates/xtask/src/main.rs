@@ -8,7 +8,7 @@ mod workspace;
 
 use std::env;
 use std::error::Error;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use workspace::{cargo, cubesla};
 
@@ -24,7 +24,8 @@ Usage: cargo xtask <command>
   test [args]        run all tests, on a GPU or on software Vulkan, then `cuda`
   cuda [part]        compile the CUDA kernels for each architecture, with no GPU, and judge them;
                      parts are attention, sla, selection and low-bits
-  ci [--after-test]  run `test` unless it was run, then format, lints, documentation and links
+  ci [--after-test]  run `test` unless it was run, then format, lints, documentation, links, and the
+                     tests of Burn with fusion
 
 demo, report, low-bits, bench and test install software Vulkan first if the machine has no GPU (Debian,
 Ubuntu).";
@@ -72,18 +73,24 @@ fn run() -> Result {
 
 fn test(args: &[String]) -> Result {
     device::ensure(false)?;
-    let mut tests = cargo("test");
-    if env::var_os("RUST_TEST_THREADS").is_none() {
-        // Each test keeps all cores of a software device busy.
-        tests.env("RUST_TEST_THREADS", "2");
-    }
-    step::run(tests.arg("--workspace").args(args))?;
+    step::run(test_command().args(args))?;
     if cfg!(target_os = "linux") {
         cuda::check(None)
     } else {
         println!("No CUDA check: it needs Linux.");
         Ok(())
     }
+}
+
+/// `cargo test` of the workspace.
+fn test_command() -> Command {
+    let mut tests = cargo("test");
+    if env::var_os("RUST_TEST_THREADS").is_none() {
+        // Each test keeps all cores of a software device busy.
+        tests.env("RUST_TEST_THREADS", "2");
+    }
+    tests.arg("--workspace");
+    tests
 }
 
 /// What CI checks besides the tests.
@@ -102,5 +109,7 @@ fn checks() -> Result {
     )?;
     step::timed("Links of the documentation", || {
         links::check(&workspace::root())
-    })
+    })?;
+    // Last, as Burn is built anew for it, with other features.
+    step::run(test_command().args(["--test", "burn", "--features", "cubesla-burn/fusion"]))
 }
