@@ -17,8 +17,10 @@ use harness::sla::Combine;
 use harness::soft::SoftCase;
 use harness::{AttentionCase, SlaCase};
 
-/// The parts, with what launches their kernels.
-const PARTS: [(&str, fn(&Client)); 4] = [
+/// The name of a part, and what launches its kernels.
+type Part = (&'static str, fn(&Client));
+
+const PARTS: [Part; 4] = [
     ("attention", compile_attention),
     ("sla", compile_sla_cases),
     ("selection", compile_selection),

@@ -181,7 +181,6 @@ impl SlaCase {
             linear: self.linear,
             precision: self.precision,
             save,
-            ..SlaOptions::sla()
         };
         let dv = self.attention.value_dim;
         if self.combine == Combine::Sla {

@@ -51,6 +51,10 @@ pub trait SoftGradientOps: Backend {
     );
 
     /// `dQ`, `dK`, `dV`, and the gradients of the blocks' weights and of the logits.
+    #[allow(
+        clippy::type_complexity,
+        reason = "the macro takes tuples, and no name for one"
+    )]
     #[fusion(meta = shapes::soft_backward)]
     fn cubesla_soft_backward(
         q: FloatTensor<Self>,
