@@ -21,20 +21,20 @@
 
 mod backward;
 mod forward;
+mod low_bit;
 mod soft;
 
 pub use backward::{CombinationGradients, SlaGradients, sla_backward};
+pub use low_bit::Precision;
 pub use soft::{SoftInputs, soft_attention, soft_attention_backward, soft_backward, soft_forward};
 
 use cubecl::prelude::*;
 use forward::{
     Combine, LinearForm, SlaConfig, SlaOutputsLaunch, SlaScalarsLaunch, sla_forward_kernel,
 };
+use low_bit::{SparseBranch, sparse_branch};
 
-use crate::attention::{
-    ForwardInputs, ForwardOutputs, LowBitFormats, LowBitScores, LowBitValues, launch_low_bit,
-    low_bit_tile,
-};
+use crate::attention::low_bit_tile;
 use crate::engine::{EngineKind, Mma, Simt, Tile, TileEngine, TileNeeds};
 use crate::limits::{expect_bindings, expect_dtype, expect_loop_budget, grid};
 use crate::linear::{Chunks, FeatureMap, States, feature_rows, state_scale, states, tile_of};
@@ -49,33 +49,6 @@ pub enum LinearMode {
     Complement,
     /// All keys, as in SLA's public code.
     Global,
-}
-
-/// Arithmetic of the sparse branch.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// That of the inputs.
-    #[default]
-    Full,
-    /// Scores in INT8, weights and values in FP8.
-    Int8Fp8,
-    /// All of them in FP8.
-    Fp8,
-}
-
-impl Precision {
-    /// The formats of low-bit attention, if it is that.
-    fn formats(self) -> Option<LowBitFormats> {
-        let scores = match self {
-            Self::Full => return None,
-            Self::Int8Fp8 => LowBitScores::Int8,
-            Self::Fp8 => LowBitScores::Fp8,
-        };
-        Some(LowBitFormats {
-            scores,
-            values: LowBitValues::Fp8,
-        })
-    }
 }
 
 /// How the branches are combined, with the weights of it.
@@ -229,7 +202,7 @@ pub fn sla_forward(
     let iterations = loop_iterations(problem, tile, critical.width() + second_width);
     expect_loop_budget(client.properties(), "sparse-linear attention", iterations)?;
     let given = formats
-        .map(|formats| low_bit_branch(client, problem, inputs, formats))
+        .map(|formats| sparse_branch(client, problem, inputs, formats))
         .transpose()?;
 
     let (phi_k, states) = match form {
@@ -298,44 +271,6 @@ pub fn sla_forward(
     }
 }
 
-/// The sparse branch in low bits, with its log-sum-exp.
-fn low_bit_branch(
-    client: &Client,
-    problem: &AttentionProblem,
-    inputs: SlaInputs<'_>,
-    formats: LowBitFormats,
-) -> Result<AttentionBranch, ProblemError> {
-    let branch = AttentionBranch {
-        out: DeviceTensor::empty(client, problem.out_shape(), problem.dtype()),
-        lse: DeviceTensor::empty(client, problem.lse_shape(), DType::F32),
-    };
-    let SlaInputs {
-        q, k, v, critical, ..
-    } = inputs;
-    launch_low_bit(
-        client,
-        problem,
-        ForwardInputs {
-            q,
-            k,
-            v,
-            list: critical,
-        },
-        ForwardOutputs {
-            out: &branch.out,
-            lse: &branch.lse,
-        },
-        formats,
-    )?;
-    Ok(branch)
-}
-
-/// A sparse branch that was computed before.
-struct AttentionBranch {
-    out: DeviceTensor<4>,
-    lse: DeviceTensor<3>,
-}
-
 struct SlaJob<'a> {
     client: &'a Client,
     problem: &'a AttentionProblem,
@@ -344,7 +279,7 @@ struct SlaJob<'a> {
     states: &'a States,
     critical: &'a BlockList,
     second: Option<&'a BlockList>,
-    given: Option<&'a AttentionBranch>,
+    given: Option<&'a SparseBranch>,
     combination: Combination<'a>,
     config: SlaConfig,
 }
