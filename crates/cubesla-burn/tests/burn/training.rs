@@ -30,7 +30,8 @@ fn a_few_steps_lower_the_loss() {
             losses.push(floats::<1>(loss.clone())[0]);
             let grads = GradientsParams::from_grads(loss.backward(), &model);
             assert_eq!(grads.len(), parameters(&model), "{variant:?}");
-            model = optimizer.step(3e-2, model, grads);
+            // Small enough not to overshoot, wherever the random parameters begin.
+            model = optimizer.step(1e-2, model, grads);
         }
         assert!(losses[7] < 0.7 * losses[0], "{variant:?}: {losses:?}");
     }
