@@ -3,6 +3,7 @@
 mod attention;
 mod attention_backward;
 mod block_list;
+mod large;
 mod linear;
 mod low_bit;
 mod matmul;
