@@ -232,6 +232,30 @@ fn sixteen_bits() {
     }
 }
 
+/// What tensor cores take where there are any: all formats, rows in one half of a product and in
+/// several products, scales of groups and of rows, lengths that end inside a step.
+#[test]
+fn few_rows_in_sixteen_bits() {
+    let schemes = [
+        (Format::Int4, Granularity::Group(128), false),
+        (Format::Int4, Granularity::Group(128), true),
+        (Format::Int4, Granularity::Row, false),
+        (Format::Int8, Granularity::Row, true),
+        (Format::Int8, Granularity::Group(64), false),
+        (Format::Fp8, Granularity::Block, false),
+    ];
+    for dtype in dtypes(&client()) {
+        for (i, scheme) in schemes.into_iter().enumerate() {
+            for size in [[1, 70, 256], [8, 16, 1152], [9, 33, 384], [40, 129, 640]] {
+                check_weight_only(size, scheme, dtype);
+            }
+            if scheme.1 == Granularity::Row {
+                check_weight_only([3 + i, 40, 1000], scheme, dtype);
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 

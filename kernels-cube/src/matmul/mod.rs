@@ -7,7 +7,8 @@
 //! |---|---|---|
 //! | INT8 | INT8 | `integer`: exact 32-bit sums of products of words, scaled in f32 |
 //! | f32, f16, bf16, and other low-bit formats, decoded once | any | `decoded`: f32 products of tiles decoded into shared memory |
-//! | the same, at most four rows | any | `rows`: no tiles, weights read once |
+//! | f16, bf16, at most 64 rows | any | `mma`: warp-level tensor cores, weights decoded in registers |
+//! | the same as `decoded`, at most four rows | any | `rows`: no tiles, weights read once |
 //!
 //! Supported: any number of rows, any N and K; scales of weights per tensor, row, group and block, with
 //! or without zero points; f32, f16 and bf16 activations and results; strided activations whose leading
@@ -17,6 +18,7 @@
 
 mod decoded;
 mod integer;
+mod mma;
 mod rows;
 
 use cubecl::prelude::*;
@@ -156,7 +158,9 @@ pub fn weight_only_matmul<const R: usize>(
         out: out.buffer_arg(),
         dtype,
     };
-    if rows <= rows::MAX_ROWS {
+    if mma::takes(client.properties(), &view, w) {
+        mma::launch(client, &view, product)?;
+    } else if rows <= rows::MAX_ROWS {
         rows::launch(client, &view, product)?;
     } else {
         decoded::launch(client, &view, product, false)?;

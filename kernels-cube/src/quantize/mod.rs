@@ -254,7 +254,12 @@ pub(crate) struct Regions {
 impl Regions {
     /// The number of the scale of an element.
     pub fn index(self, row: u32, column: u32) -> usize {
-        (row / self.rows * self.across + column / self.columns) as usize
+        (row / self.rows * self.across + self.along(column)) as usize
+    }
+
+    /// Of the scales of a row, the number of an element's.
+    pub fn along(self, column: u32) -> u32 {
+        column / self.columns
     }
 }
 
