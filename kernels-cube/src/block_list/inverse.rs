@@ -1,8 +1,9 @@
 //! The inverse of a block list: for each key block, the query blocks that selected it.
 //!
 //! Three small kernels: count the query blocks of every key block, sum the counts to offsets, write
-//! the query blocks. Each (head, key block) is one unit that searches the ascending rows, so nothing
-//! is written twice, no atomics are needed and the result is the same on every device and every run.
+//! the query blocks. The units of a (head, key block) search the ascending rows, each its share of
+//! them, so nothing is written twice, no atomics are needed and the result is the same on every device
+//! and every run.
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -14,6 +15,8 @@ use crate::scan::exclusive_scan;
 
 /// Units of a cube of these kernels.
 const UNITS: usize = 128;
+/// Units that share a key block, each with its share of the query blocks.
+const LANES: usize = 32;
 
 /// For each (batch, query head, key block) the query blocks that selected it, in device memory, in
 /// compressed-row form.
@@ -75,7 +78,12 @@ impl InverseBlockList {
         let device = client.properties();
         let capacity = query_blocks * list.width();
         let search = list.width().ilog2() as usize + 2;
-        expect_loop_budget(device, "building the inverse list", query_blocks * search)?;
+        let own = query_blocks.div_ceil(LANES);
+        expect_loop_budget(
+            device,
+            "building the inverse list",
+            2 * own * search + LANES,
+        )?;
         expect_buffer(device, "inverse list", batch * heads * capacity * 4)?;
 
         let offsets_len = batch * heads * (key_blocks + 1);
@@ -84,7 +92,7 @@ impl InverseBlockList {
         let per_key_block = grid(
             device,
             [
-                ("key blocks / 128", key_blocks.div_ceil(UNITS)),
+                ("key blocks / 4", key_blocks.div_ceil(UNITS / LANES)),
                 ("Hq", heads),
                 ("B", batch),
             ],
@@ -130,27 +138,70 @@ impl InverseBlockList {
     }
 }
 
-/// The (batch, head) pair and the key block of a unit.
+/// What a unit looks at: a share of the query blocks of a (batch, head) pair, for one key block.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Share {
+    head: u32,
+    key_block: u32,
+    start: u32,
+    end: u32,
+}
+
 #[cube]
-fn unit_position() -> (u32, u32) {
-    (CUBE_POS_Z * CUBE_COUNT_Y + CUBE_POS_Y, ABSOLUTE_POS_X)
+impl Share {
+    /// That of the unit, empty past the last key block.
+    fn new(query_blocks: u32, key_blocks: u32) -> Share {
+        let lanes = comptime!(LANES as u32);
+        let key_block = CUBE_POS_X * comptime!((UNITS / LANES) as u32) + UNIT_POS / lanes;
+        let own = select(key_block < key_blocks, query_blocks.div_ceil(lanes), 0);
+        let start = min(UNIT_POS % lanes * own, query_blocks);
+        Share {
+            head: CUBE_POS_Z * CUBE_COUNT_Y + CUBE_POS_Y,
+            key_block,
+            start,
+            end: min(start + own, query_blocks),
+        }
+    }
+
+    /// How many of them selected the key block.
+    fn count(self, list: &BlockListView) -> u32 {
+        let mut count = 0u32;
+        for i in self.start..self.end {
+            if list.selects(list.row(self.head, i), self.key_block) {
+                count += 1;
+            }
+        }
+        count
+    }
+}
+
+/// The sum over the first `lanes` units of those that share the unit's key block. All units of the cube
+/// must call it, once.
+#[cube]
+fn sum_before(x: u32, lanes: u32) -> u32 {
+    let mut shared = Shared::<[u32]>::new_slice(UNITS);
+    shared[UNIT_POS as usize] = x;
+    sync_cube();
+    let first = UNIT_POS / comptime!(LANES as u32) * comptime!(LANES as u32);
+    let mut sum = 0u32;
+    for i in 0..lanes {
+        sum += shared[(first + i) as usize];
+    }
+    sum
 }
 
 /// `counts[b, h, j]` = query blocks that selected `j`; the last entry of a head is 0.
 #[cube(launch_unchecked)]
 fn count_rows(list: &BlockListView, counts: &mut [u32], key_blocks: u32) {
-    let (head, key_block) = unit_position();
-    let mut count = 0u32;
-    if key_block < key_blocks {
-        for i in 0..list.query_blocks {
-            if list.selects(list.row(head, i), key_block) {
-                count += 1;
-            }
-        }
-        counts[(head * (key_blocks + 1) + key_block) as usize] = count;
+    let share = Share::new(list.query_blocks, key_blocks);
+    let count = sum_before(share.count(list), comptime!(LANES as u32));
+    let first = share.head * (key_blocks + 1);
+    if share.key_block < key_blocks && UNIT_POS % comptime!(LANES as u32) == 0 {
+        counts[(first + share.key_block) as usize] = count;
     }
-    if key_block == 0 {
-        counts[(head * (key_blocks + 1) + key_blocks) as usize] = 0;
+    if CUBE_POS_X == 0 && UNIT_POS == 0 {
+        counts[(first + key_blocks) as usize] = 0;
     }
 }
 
@@ -170,11 +221,13 @@ fn fill_rows(
     key_blocks: u32,
     capacity: u32,
 ) {
-    let (head, key_block) = unit_position();
-    if key_block < key_blocks {
-        let mut at = head * capacity + offsets[(head * (key_blocks + 1) + key_block) as usize];
-        for i in 0..list.query_blocks {
-            if list.selects(list.row(head, i), key_block) {
+    let share = Share::new(list.query_blocks, key_blocks);
+    let before = sum_before(share.count(list), UNIT_POS % comptime!(LANES as u32));
+    if share.key_block < key_blocks {
+        let first = offsets[(share.head * (key_blocks + 1) + share.key_block) as usize];
+        let mut at = share.head * capacity + first + before;
+        for i in share.start..share.end {
+            if list.selects(list.row(share.head, i), share.key_block) {
                 rows[at as usize] = i;
                 at += 1;
             }
