@@ -1,7 +1,7 @@
 //! `dK` and `dV` on Hopper: 64 keys of a block walk the query blocks that selected it.
 //!
-//! Keys and values lie still in shared memory; queries and output gradients come through a ring, with
-//! their rows' statistics. Each warpgroup takes 64 rows of every query block, and the second's sums
+//! Keys and values lie still in shared memory; queries, with their rows' statistics, and output
+//! gradients come through rings of their own, as they are needed for different times. Each warpgroup takes 64 rows of every query block, and the second's sums
 //! are added to the first's at the end.
 
 use cubecl::prelude::*;
@@ -23,7 +23,10 @@ pub(crate) struct KeyConfig {
     /// Warpgroups that compute: a query block has 64 rows for each.
     pub consumers: usize,
     pub block_k: usize,
-    pub stages: usize,
+    /// Query blocks in flight.
+    pub query_stages: usize,
+    /// Their output gradients in flight.
+    pub grad_stages: usize,
 }
 
 impl KeyConfig {
@@ -80,8 +83,10 @@ pub(crate) struct KeyScalars {
 struct Memory {
     keys: u32,
     values: u32,
-    /// Stages of queries, then output gradients.
-    ring: u32,
+    /// Stages of queries.
+    queries: u32,
+    /// Stages of output gradients.
+    grads: u32,
     barriers: u32,
 }
 
@@ -91,12 +96,20 @@ impl Memory {
         self.barriers
     }
 
-    fn full(&self, stage: u32) -> u32 {
+    fn query_full(&self, stage: u32) -> u32 {
         self.barriers + 16 + stage * 16
     }
 
-    fn empty(&self, stage: u32) -> u32 {
-        self.full(stage) + 8
+    fn query_empty(&self, stage: u32) -> u32 {
+        self.query_full(stage) + 8
+    }
+
+    fn grad_full(&self, stage: u32, #[comptime] config: KeyConfig) -> u32 {
+        self.query_full(comptime!(config.query_stages as u32) + stage)
+    }
+
+    fn grad_empty(&self, stage: u32, #[comptime] config: KeyConfig) -> u32 {
+        self.grad_full(stage, config) + 8
     }
 }
 
@@ -116,22 +129,28 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
     #[comptime] config: KeyConfig,
     #[define(F)] _dtype: ElemType,
 ) {
-    let stages = config.stages;
+    let (query_stages, grad_stages) = (config.query_stages, config.grad_stages);
     let rows = comptime!(config.rows());
     let products = comptime!(config.products());
     let keys = Shared::<[u32]>::new_aligned_slice(comptime!(config.key_bytes() / 4), 1024usize);
     let values = Shared::<[u32]>::new_aligned_slice(comptime!(config.key_bytes() / 4), 1024usize);
     let mut ring = Shared::<[f32]>::new_aligned_slice(
-        comptime!(stages * 2 * config.query_bytes() / 4),
+        comptime!((query_stages + grad_stages) * config.query_bytes() / 4),
         1024usize,
     );
     // Base-2 log-sum-exp and delta of each row of a stage.
-    let mut statistics = Shared::<[f32]>::new_aligned_slice(comptime!(stages * 2 * rows), 16usize);
-    let barriers = Shared::<[u64]>::new_aligned_slice(comptime!(2 + 2 * stages), 16usize);
+    let mut statistics =
+        Shared::<[f32]>::new_aligned_slice(comptime!(query_stages * 2 * rows), 16usize);
+    let barriers = Shared::<[u64]>::new_aligned_slice(
+        comptime!(2 + 2 * (query_stages + grad_stages)),
+        16usize,
+    );
+    let queries = generic_to_shared::<f32>(ring.as_ptr());
     let memory = Memory {
         keys: generic_to_shared::<u32>(keys.as_ptr()),
         values: generic_to_shared::<u32>(values.as_ptr()),
-        ring: generic_to_shared::<f32>(ring.as_ptr()),
+        queries,
+        grads: queries + comptime!((query_stages * config.query_bytes()) as u32),
         barriers: generic_to_shared::<u64>(barriers.as_ptr()),
     };
     wgmma::declare_registers(products);
@@ -140,10 +159,15 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
     if UNIT_POS == 0 {
         barrier::init(memory.owned_full(), 1);
         #[unroll]
-        for stage in 0..comptime!(stages as u32) {
+        for stage in 0..comptime!(query_stages as u32) {
             // The bulk copies' arrival, and a warp's that writes statistics.
-            barrier::init(memory.full(stage), 2);
-            barrier::init(memory.empty(stage), consumers);
+            barrier::init(memory.query_full(stage), 2);
+            barrier::init(memory.query_empty(stage), consumers);
+        }
+        #[unroll]
+        for stage in 0..comptime!(grad_stages as u32) {
+            barrier::init(memory.grad_full(stage, config), 1);
+            barrier::init(memory.grad_empty(stage, config), consumers);
         }
         barrier::fence_init();
     }
@@ -157,7 +181,8 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
             wgmma::shrink_registers(comptime!(config.registers().unwrap().0));
         }
         let warp = UNIT_POS / 32 - consumers * 4;
-        let mut place = Place::first(stages);
+        let mut place = Place::first(query_stages);
+        let mut grad_place = Place::first(grad_stages);
         if UNIT_POS == consumers * 128 {
             let source = Source {
                 head: CUBE_POS_Y,
@@ -195,8 +220,8 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
                 };
                 for at in 0..row.count {
                     let first = inverse.query_block(row, at) * comptime!(rows as u32);
-                    let full = memory.full(place.stage);
-                    barrier::wait(memory.empty(place.stage), place.parity ^ 1);
+                    let full = memory.query_full(place.stage);
+                    barrier::wait(memory.query_empty(place.stage), place.parity ^ 1);
                     if warp == 1 {
                         let start = head_index as usize * scalars.query_len as usize;
                         #[unroll]
@@ -219,12 +244,18 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
                             barrier::arrive(full);
                         }
                     } else if UNIT_POS_PLANE == 0 {
-                        barrier::arrive_expect(full, 2 * bytes);
-                        let to = memory.ring + place.stage * 2 * bytes;
+                        barrier::arrive_expect(full, bytes);
+                        let to = memory.queries + place.stage * bytes;
                         source.load(to, q, full, first, rows, config.dim);
-                        source.load(to + bytes, grad_out, full, first, rows, config.dim);
+                        let stage = grad_place.stage;
+                        barrier::wait(memory.grad_empty(stage, config), grad_place.parity ^ 1);
+                        let full = memory.grad_full(stage, config);
+                        barrier::arrive_expect(full, bytes);
+                        let to = memory.grads + stage * bytes;
+                        source.load(to, grad_out, full, first, rows, config.dim);
                     }
                     place.advance();
+                    grad_place.advance();
                 }
             }
         }
@@ -239,11 +270,16 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
         wgmma::clear_accumulator(products);
         backward::clear_key_gradient(products);
         barrier::wait(memory.owned_full(), 0);
-        let mut place = Place::first(stages);
-        for t in 0..tiles {
-            add_tile(&mut place, t, &statistics, memory, scalars.scale, config);
+        let mut walk = Walk::new(memory, scalars.scale, config);
+        if tiles > 0 {
+            walk.begin_scores();
+            wgmma::wait(0u32);
+            for t in 1..tiles {
+                walk.add_tile(&statistics, t > 1, true);
+            }
+            walk.add_tile(&statistics, tiles > 1, false);
+            wgmma::wait(0u32);
         }
-        wgmma::wait(0u32);
         // Every product is done, and nothing is loaded any more: the ring and the keys are free.
         barrier::sync_named(1, comptime!(config.consumer_units()));
         if comptime!(config.consumers == 2) {
@@ -263,90 +299,196 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
     }
 }
 
-/// Adds what 64 rows of a query block contribute. The products with the tile before it are in flight
-/// meanwhile.
-#[cube]
-fn add_tile(
-    place: &mut Place,
-    t: u32,
-    statistics: &Shared<[f32]>,
+/// Where a warpgroup stands in its walk over query blocks, of which it takes 64 rows each.
+#[derive(CubeType)]
+struct Walk {
+    /// The queries whose scores are multiplied next.
+    scores: Place,
+    /// The queries that are added next, and their output gradients.
+    queries: Place,
+    grads: Place,
     memory: Memory,
     scale: f32,
-    #[comptime] config: KeyConfig,
-) {
-    let products = comptime!(config.products());
-    let format = comptime!(products.format());
-    let rows = comptime!(config.rows());
-    let bytes = comptime!(config.query_bytes() as u32);
-    let warpgroup = UNIT_POS / 128;
-    let queries = memory.ring + place.stage * 2 * bytes + warpgroup * comptime!(64 * 128u32);
-    let grads = queries + bytes;
-    barrier::wait(memory.full(place.stage), place.parity);
-    wgmma::fence();
-    let keys = wgmma::descriptor(memory.keys);
-    backward::key_scores(keys, wgmma::descriptor(queries), rows, products);
-    wgmma::commit();
-    let values = wgmma::descriptor(memory.values);
-    backward::key_probability_gradients(values, wgmma::descriptor(grads), rows, products);
-    wgmma::commit();
-    wgmma::wait(1u32);
-    // The products of the tile before are done too.
-    if t > 0 {
-        let stages = comptime!(config.stages as u32);
-        if UNIT_POS % 128 == 0 {
-            barrier::arrive(memory.empty((place.stage + stages - 1) % stages));
+    #[cube(comptime)]
+    config: KeyConfig,
+}
+
+#[cube]
+impl Walk {
+    fn new(memory: Memory, scale: f32, #[comptime] config: KeyConfig) -> Walk {
+        Walk {
+            scores: Place::first(config.query_stages),
+            queries: Place::first(config.query_stages),
+            grads: Place::first(config.grad_stages),
+            memory,
+            scale,
+            config,
         }
     }
+
+    /// Address of the warpgroup's rows in a stage of the ring at `ring`.
+    fn rows(&self, ring: u32, stage: u32) -> u32 {
+        let bytes = comptime!(self.config.query_bytes() as u32);
+        ring + stage * bytes + UNIT_POS / 128 * comptime!(64 * 128u32)
+    }
+
+    /// Begins `S^T = K Q^T` with the next queries.
+    fn begin_scores(&mut self) {
+        let config = comptime!(self.config);
+        let stage = self.scores.stage;
+        barrier::wait(self.memory.query_full(stage), self.scores.parity);
+        let keys = wgmma::descriptor(self.memory.keys);
+        let queries = wgmma::descriptor(self.rows(self.memory.queries, stage));
+        wgmma::fence();
+        backward::key_scores(keys, queries, config.rows(), config.products());
+        wgmma::commit();
+        self.scores.advance();
+    }
+
+    /// Adds a tile, whose scores are there, to both gradients.
+    ///
+    /// Scores and the gradients of probabilities take turns in the same registers: with registers of
+    /// their own, both accumulators and the packed operands are more than a unit can have, and ptxas
+    /// lets no product run beside anything. While weights are made, the keys' product of the tile
+    /// before runs; while gradients of scores are made, the values'.
+    fn add_tile(
+        &mut self,
+        statistics: &Shared<[f32]>,
+        others_before: bool,
+        #[comptime] next: bool,
+    ) {
+        let config = comptime!(self.config);
+        let products = comptime!(config.products());
+        let rows = comptime!(config.rows());
+        let memory = self.memory;
+        let stage = self.queries.stage;
+        let queries = self.rows(memory.queries, stage);
+        let grads = self.rows(memory.grads, self.grads.stage);
+        let own = UNIT_POS / 128 * 64 + UNIT_POS % 4 * 2;
+        let first = (stage * comptime!(2 * rows as u32) + 2 * own) as usize;
+
+        let weights = make_weights(statistics, first, self.scale, config);
+        wgmma::wait(0u32);
+        if others_before {
+            let stages = comptime!(config.query_stages as u32);
+            if UNIT_POS % 128 == 0 {
+                barrier::arrive(memory.query_empty((stage + stages - 1) % stages));
+            }
+        }
+        write_words(&weights, false);
+        let values = wgmma::descriptor(memory.values);
+        barrier::wait(
+            memory.grad_full(self.grads.stage, config),
+            self.grads.parity,
+        );
+        wgmma::fence();
+        backward::key_probability_gradients(values, wgmma::descriptor(grads), rows, products);
+        wgmma::commit();
+        wgmma::accumulate(wgmma::descriptor_transposed(grads, rows), products);
+        wgmma::commit();
+        wgmma::wait(1u32);
+        let gradients = make_score_gradients(&weights, statistics, first, config);
+        write_words(&gradients, true);
+        if next {
+            self.begin_scores();
+        } else {
+            wgmma::fence();
+        }
+        backward::accumulate_key_gradient(wgmma::descriptor_transposed(queries, rows), products);
+        wgmma::commit();
+        if next {
+            wgmma::wait(1u32);
+            if UNIT_POS % 128 == 0 {
+                barrier::arrive(memory.grad_empty(self.grads.stage, config));
+            }
+        }
+        self.queries.advance();
+        self.grads.advance();
+    }
+}
+
+/// `P^T = exp(scale S^T - L)` of the scores, packed. Word `4 s + 2 h + k`: two neighbouring queries of
+/// half `h` of step `s`, of the unit's key `k`.
+#[cube]
+fn make_weights(
+    statistics: &Shared<[f32]>,
+    first: usize,
+    scale: f32,
+    #[comptime] config: KeyConfig,
+) -> Array<u32> {
     let scale_log2 = scale * std::f32::consts::LOG2_E;
-    let first = place.stage * comptime!(2 * rows as u32) + 2 * (warpgroup * 64 + UNIT_POS % 4 * 2);
-    // Word 4 s + 2 h + k: two neighbouring queries of half h of step s, of the unit's key k.
+    let mut sum = 0.0f32.runtime();
     let mut weights = Array::<u32>::new(16usize);
     #[unroll]
     for step in 0..4usize {
-        let scores = wgmma::read_score_step(step);
+        let scores = wgmma::read_score_step(0usize, step);
         #[unroll]
         for half in 0..2usize {
-            let at = first as usize + comptime!(2 * (16 * step + 8 * half));
+            let at = first + comptime!(2 * (16 * step + 8 * half));
             let (lse0, lse1) = (statistics[at], statistics[at + 2]);
             #[unroll]
             for key in 0..2usize {
                 let e = comptime!(4 * half + 2 * key);
                 let p0 = math::exp2(fma(scores.extract(e), scale_log2, -lse0));
                 let p1 = math::exp2(fma(scores.extract(comptime!(e + 1)), scale_log2, -lse1));
-                weights[comptime!(4 * step + 2 * half + key)] = math::pack(p0, p1, format);
+                sum += p0 + p1;
+                weights[comptime!(4 * step + 2 * half + key)] =
+                    math::pack(p0, p1, comptime!(config.products().format()));
             }
         }
     }
-    wgmma::wait(0u32);
+    wgmma::compute_before(sum);
+    weights
+}
+
+/// `dS^T = P^T (dP^T - delta)`, packed likewise, from the rounded weights, which hold half the
+/// registers.
+#[cube]
+fn make_score_gradients(
+    weights: &Array<u32>,
+    statistics: &Shared<[f32]>,
+    first: usize,
+    #[comptime] config: KeyConfig,
+) -> Array<u32> {
+    let format = comptime!(config.products().format());
+    let mut packed = Array::<u32>::new(16usize);
     #[unroll]
     for step in 0..4usize {
-        let gradients = backward::read_gradient_step(step);
-        let mut words = Vector::<u32, Const<4>>::empty();
-        let mut grads = Vector::<u32, Const<4>>::empty();
+        let gradients = wgmma::read_score_step(0usize, step);
         #[unroll]
         for half in 0..2usize {
-            let at = first as usize + comptime!(2 * (16 * step + 8 * half));
+            let at = first + comptime!(2 * (16 * step + 8 * half));
             let (delta0, delta1) = (statistics[at + 1], statistics[at + 3]);
             #[unroll]
             for key in 0..2usize {
                 let e = comptime!(4 * half + 2 * key);
-                let word = weights[comptime!(4 * step + 2 * half + key)];
-                // The rounded weights, which hold half the registers.
-                let p = math::unpack(word, format);
+                let word = comptime!(4 * step + 2 * half + key);
+                let p = math::unpack(weights[word], format);
                 let d0 = p.extract(0usize) * (gradients.extract(e) - delta0);
                 let d1 = p.extract(1usize) * (gradients.extract(comptime!(e + 1)) - delta1);
-                words.insert(comptime!(2 * half + key), word);
-                grads.insert(comptime!(2 * half + key), math::pack(d0, d1, format));
+                packed[word] = math::pack(d0, d1, format);
             }
         }
-        wgmma::write_probability_step(words, step);
-        backward::write_score_gradient_step(grads, step);
     }
-    wgmma::fence();
-    wgmma::accumulate(wgmma::descriptor_transposed(grads, rows), products);
-    backward::accumulate_key_gradient(wgmma::descriptor_transposed(queries, rows), products);
-    wgmma::commit();
-    place.advance();
+    packed
+}
+
+/// Makes packed words an A operand: the gradients of scores, or the weights.
+#[cube]
+fn write_words(packed: &Array<u32>, #[comptime] gradients: bool) {
+    #[unroll]
+    for step in 0..4usize {
+        let mut words = Vector::<u32, Const<4>>::empty();
+        #[unroll]
+        for i in 0..4usize {
+            words.insert(i, packed[comptime!(4 * step + i)]);
+        }
+        if gradients {
+            backward::write_score_gradient_step(words, step);
+        } else {
+            wgmma::write_probability_step(words, step);
+        }
+    }
 }
 
 /// The second warpgroup's sums, in shared memory for the first.

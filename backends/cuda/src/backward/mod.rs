@@ -71,7 +71,8 @@ impl WgmmaBackwardPlan {
                 bf16,
                 consumers,
                 block_k: problem.block_k(),
-                stages: 2,
+                query_stages: 3,
+                grad_stages: 2,
             },
         })
     }
@@ -92,7 +93,7 @@ impl fmt::Display for WgmmaBackwardPlan {
             tile.keys,
             tile.stages
         )?;
-        write!(f, "; dk dv 64x{}, {} stages", key.rows(), key.stages)
+        write!(f, "; dk dv 64x{}, {} stages", key.rows(), key.query_stages)
     }
 }
 

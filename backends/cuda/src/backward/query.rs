@@ -151,9 +151,9 @@ impl RowStatistics {
         statistics
     }
 
-    /// The gradient of a score, before the scale.
-    fn score_gradient(self, score: f32, gradient: f32, scale_log2: f32) -> f32 {
-        math::exp2(fma(score, scale_log2, -self.lse)) * (gradient - self.delta)
+    /// The probability of a score.
+    fn weight(self, score: f32, scale_log2: f32) -> f32 {
+        math::exp2(fma(score, scale_log2, -self.lse))
     }
 }
 
@@ -189,31 +189,48 @@ fn add_tile(
     let values = memory.values + place.stage * comptime!(tile.value_bytes() as u32);
     barrier::wait(memory.key_full(place.stage), place.parity);
     wgmma::fence();
-    wgmma::scores(wgmma::descriptor(keys), products);
+    wgmma::scores(wgmma::descriptor(keys), 0usize, products);
     wgmma::commit();
     barrier::wait(memory.value_full(place.stage), place.parity);
     wgmma::fence();
     backward::probability_gradients(wgmma::descriptor(values), products);
     wgmma::commit();
-    wgmma::wait(0u32);
+    wgmma::wait(1u32);
     // The product of the tile before is done too.
     if t > 0 {
         release_last(&*place, memory, config);
     }
+    // Weights are made while their gradients are being multiplied.
     let scale_log2 = scale * std::f32::consts::LOG2_E;
+    let mut sum = 0.0f32.runtime();
+    let mut weights = Array::<f32>::new(comptime!(tile.keys / 2));
     #[unroll]
     for step in 0..comptime!(tile.keys / 16) {
-        let scores = wgmma::read_score_step(step);
+        let scores = wgmma::read_score_step(0usize, step);
+        #[unroll]
+        for i in 0..8usize {
+            let row = if comptime!(i / 2 % 2 == 0) {
+                upper
+            } else {
+                lower
+            };
+            let p = row.weight(scores.extract(i), scale_log2);
+            sum += p;
+            weights[comptime!(8 * step + i)] = p;
+        }
+    }
+    wgmma::compute_before(sum);
+    wgmma::wait(0u32);
+    #[unroll]
+    for step in 0..comptime!(tile.keys / 16) {
         let gradients = backward::read_gradient_step(step);
         let mut words = Vector::<u32, Const<4>>::empty();
         #[unroll]
         for i in 0..4usize {
             let row = if comptime!(i % 2 == 0) { upper } else { lower };
-            let at = comptime!(2 * i);
-            let next = comptime!(2 * i + 1);
-            let low = row.score_gradient(scores.extract(at), gradients.extract(at), scale_log2);
-            let high =
-                row.score_gradient(scores.extract(next), gradients.extract(next), scale_log2);
+            let (at, next) = comptime!((2 * i, 2 * i + 1));
+            let low = weights[comptime!(8 * step + at)] * (gradients.extract(at) - row.delta);
+            let high = weights[comptime!(8 * step + next)] * (gradients.extract(next) - row.delta);
             words.insert(i, math::pack(low, high, comptime!(products.format())));
         }
         wgmma::write_probability_step(words, step);

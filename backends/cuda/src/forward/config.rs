@@ -45,14 +45,22 @@ impl WgmmaTile {
     /// consumers need more than the 168 of an even share.
     ///
     /// `setmaxnreg` waits for registers to come free, for ever if there are too few. With 384 units
-    /// these numbers need a kernel of 152 registers or more, which one that needs them is;
+    /// these numbers need a kernel of 163 registers or more, which one that needs them is;
     /// `cargo xtask cuda` checks it.
     pub(crate) fn registers(&self) -> Option<(u32, u32)> {
+        (self.consumers == 2 && self.named_registers() > 140).then_some((24, 232))
+    }
+
+    /// Whether the next tile's scores are multiplied during the softmax of this one: where a unit has
+    /// registers for the scores of two tiles.
+    pub(crate) fn looks_ahead(&self) -> bool {
+        self.consumers == 1 || self.registers().is_some()
+    }
+
+    /// Accumulator and queries, scores of a tile, weights being used and weights being made.
+    fn named_registers(&self) -> usize {
         let products = self.products();
-        let (columns, keys) = (products.value_dim / 2 + products.head_dim / 4, self.keys);
-        // Accumulator and queries, scores, weights being used and weights being made.
-        let named = columns + keys / 2 + keys / 4 + keys / 4;
-        (self.consumers == 2 && named > 140).then_some((24, 216))
+        products.value_dim / 2 + products.head_dim / 4 + self.keys / 2 + self.keys / 2
     }
 
     pub(crate) fn products(&self) -> Products {

@@ -7,11 +7,10 @@ use cubesla_kernels::block_list::BlockListView;
 use super::config::{Memory, Place};
 use super::epilogue::store;
 use super::kernel::{ForwardConfig, ForwardScalars, Item};
-use super::softmax::{RowPair, softmax};
+use super::softmax::{RowPair, make_weights, take_scores};
 use crate::ptx::{barrier, wgmma};
 
-/// The loop over items. In each, `S_t = Q K_t^T` and `O += P_{t-1} V_{t-1}` are in flight together;
-/// the softmax that turns `S_t` into `P_t` runs while the second is still being multiplied.
+/// The loop over items.
 #[cube]
 pub(crate) fn consume<F: Float>(
     out: &TensorMap<F, Tiled>,
@@ -76,71 +75,146 @@ impl Consumer {
             barrier::arrive(memory.query_empty());
         }
 
+        wgmma::clear_accumulator(products);
         if item.tiles > 0 {
-            barrier::wait(memory.key_full(self.keys.stage), self.keys.parity);
-            wgmma::fence();
-            begin_scores(memory, &self.keys, config);
+            self.begin_scores(memory, 0usize);
             wgmma::wait(0u32);
-            release(memory.key_empty(self.keys.stage));
-            self.keys.advance();
-            let weights = softmax(rows, item.walk.tile(list, 0), scalars, config);
-            write_weights(&weights, tile.keys);
-            wgmma::clear_accumulator(products);
-
-            for t in 1..item.tiles {
-                barrier::wait(memory.key_full(self.keys.stage), self.keys.parity);
-                wgmma::fence();
-                begin_scores(memory, &self.keys, config);
-                barrier::wait(memory.value_full(self.values.stage), self.values.parity);
-                wgmma::fence();
-                begin_accumulate(memory, &self.values, config);
-                wgmma::wait(1u32);
-                release(memory.key_empty(self.keys.stage));
-                self.keys.advance();
-
-                let weights = softmax(rows, item.walk.tile(list, t), scalars, config);
-                wgmma::compute_before(rows.upper.sum + rows.lower.sum);
-                wgmma::wait(0u32);
-                release(memory.value_empty(self.values.stage));
-                self.values.advance();
-                // Most tiles leave the maximum in use as it is: see `softmax`.
-                if plane_any(rows.upper.correction != 1.0 || rows.lower.correction != 1.0) {
-                    wgmma::scale_accumulator(
-                        rows.upper.correction,
-                        rows.lower.correction,
-                        products,
-                    );
-                }
-                write_weights(&weights, tile.keys);
+            self.release_keys(memory);
+            if comptime!(tile.looks_ahead()) {
+                self.attend_ahead(rows, list, item, memory, scalars);
+            } else {
+                self.attend_plainly(rows, list, item, memory, scalars);
             }
-
-            barrier::wait(memory.value_full(self.values.stage), self.values.parity);
-            wgmma::fence();
-            begin_accumulate(memory, &self.values, config);
             wgmma::wait(0u32);
-            release(memory.value_empty(self.values.stage));
-            self.values.advance();
-        } else {
-            wgmma::clear_accumulator(products);
+            self.release_values(memory);
         }
     }
-}
 
-/// Begins `S = Q K^T` with the keys at `place`.
-#[cube]
-fn begin_scores(memory: Memory, place: &Place, #[comptime] config: ForwardConfig) {
-    let at = memory.keys + place.stage * comptime!(config.tile.key_bytes() as u32);
-    wgmma::scores(wgmma::descriptor(at), comptime!(config.tile.products()));
-    wgmma::commit();
-}
+    /// The tiles of an item; the scores of the first are there. While the softmax turns `S_t` into
+    /// `P_t`, the product `O += P_{t-1} V_{t-1}` is in flight.
+    fn attend_plainly(
+        &mut self,
+        rows: &mut RowPair,
+        list: &BlockListView,
+        item: Item,
+        memory: Memory,
+        scalars: ForwardScalars,
+    ) {
+        let config = comptime!(self.config);
+        let scores = take_scores(rows, item.walk.tile(list, 0), scalars, 0usize, config);
+        write_weights(
+            &make_weights(rows, &scores, scalars, config),
+            config.tile.keys,
+        );
+        for t in 1..item.tiles {
+            self.begin_scores(memory, 0usize);
+            self.begin_accumulate(memory);
+            wgmma::wait(1u32);
+            self.release_keys(memory);
+            let scores = take_scores(rows, item.walk.tile(list, t), scalars, 0usize, config);
+            let weights = make_weights(rows, &scores, scalars, config);
+            wgmma::compute_before(rows.upper.sum + rows.lower.sum);
+            wgmma::wait(0u32);
+            self.release_values(memory);
+            rescale(&*rows, config);
+            write_weights(&weights, config.tile.keys);
+        }
+        self.begin_accumulate(memory);
+    }
 
-/// Begins `O += P V` with the values at `place`.
-#[cube]
-fn begin_accumulate(memory: Memory, place: &Place, #[comptime] config: ForwardConfig) {
-    let at = memory.values + place.stage * comptime!(config.tile.value_bytes() as u32);
-    let values = wgmma::descriptor_transposed(at, config.tile.keys);
-    wgmma::accumulate(values, comptime!(config.tile.products()));
-    wgmma::commit();
+    /// As [`attend_plainly`](Self::attend_plainly); `S_{t+1} = Q K_{t+1}^T` is in flight too, into
+    /// other registers, so that the tensor cores wait for nothing but the softmax.
+    fn attend_ahead(
+        &mut self,
+        rows: &mut RowPair,
+        list: &BlockListView,
+        item: Item,
+        memory: Memory,
+        scalars: ForwardScalars,
+    ) {
+        let mut t = 0u32;
+        while t + 2 < item.tiles {
+            self.add_tile(rows, list, item, t, memory, scalars, 0usize, true);
+            self.add_tile(rows, list, item, t + 1, memory, scalars, 1usize, true);
+            t += 2;
+        }
+        if t + 1 < item.tiles {
+            self.add_tile(rows, list, item, t, memory, scalars, 0usize, true);
+            self.add_tile(rows, list, item, t + 1, memory, scalars, 1usize, false);
+        } else {
+            self.add_tile(rows, list, item, t, memory, scalars, 0usize, false);
+        }
+    }
+
+    /// Adds tile `t`, whose scores are in the registers of `buffer`. With `next`, those of the tile
+    /// after it begin to come into the other buffer first, and are there at the end; the product with
+    /// the values of tile `t` is then in flight.
+    fn add_tile(
+        &mut self,
+        rows: &mut RowPair,
+        list: &BlockListView,
+        item: Item,
+        t: u32,
+        memory: Memory,
+        scalars: ForwardScalars,
+        #[comptime] buffer: usize,
+        #[comptime] next: bool,
+    ) {
+        let config = comptime!(self.config);
+        if next {
+            self.begin_scores(memory, comptime!(1 - buffer));
+        }
+        let scores = take_scores(rows, item.walk.tile(list, t), scalars, buffer, config);
+        // The weights of the tile before are in use until its product is done: there are no registers
+        // to make new ones beside them.
+        wgmma::wait(comptime!(u32::from(next)));
+        if t > 0 {
+            self.release_values(memory);
+        }
+        rescale(&*rows, config);
+        write_weights(
+            &make_weights(rows, &scores, scalars, config),
+            config.tile.keys,
+        );
+        self.begin_accumulate(memory);
+        if next {
+            wgmma::wait(1u32);
+            self.release_keys(memory);
+        }
+    }
+
+    /// Begins `S = Q K^T` with the next keys, into the registers of `buffer`.
+    fn begin_scores(&self, memory: Memory, #[comptime] buffer: usize) {
+        let tile = comptime!(self.config.tile);
+        barrier::wait(memory.key_full(self.keys.stage), self.keys.parity);
+        let at = memory.keys + self.keys.stage * comptime!(tile.key_bytes() as u32);
+        wgmma::fence();
+        wgmma::scores(wgmma::descriptor(at), buffer, tile.products());
+        wgmma::commit();
+    }
+
+    /// Begins `O += P V` with the next values.
+    fn begin_accumulate(&self, memory: Memory) {
+        let tile = comptime!(self.config.tile);
+        barrier::wait(memory.value_full(self.values.stage), self.values.parity);
+        let at = memory.values + self.values.stage * comptime!(tile.value_bytes() as u32);
+        wgmma::fence();
+        let values = wgmma::descriptor_transposed(at, tile.keys);
+        wgmma::accumulate(values, tile.products());
+        wgmma::commit();
+    }
+
+    /// Hands the keys' stage back to the producer.
+    fn release_keys(&mut self, memory: Memory) {
+        release(memory.key_empty(self.keys.stage));
+        self.keys.advance();
+    }
+
+    /// Hands the values' stage back to the producer.
+    fn release_values(&mut self, memory: Memory) {
+        release(memory.value_empty(self.values.stage));
+        self.values.advance();
+    }
 }
 
 /// Hands a stage back to the producer, once for the warpgroup.
@@ -151,7 +225,19 @@ fn release(empty: u32) {
     }
 }
 
-/// Makes the packed weights of a tile the left side of the next product.
+/// Brings the accumulator to the rows' maxima; most tiles leave those as they are: see `take_scores`.
+#[cube]
+fn rescale(rows: &RowPair, #[comptime] config: ForwardConfig) {
+    if plane_any(rows.upper.correction != 1.0 || rows.lower.correction != 1.0) {
+        wgmma::scale_accumulator(
+            rows.upper.correction,
+            rows.lower.correction,
+            config.tile.products(),
+        );
+    }
+}
+
+/// Makes packed weights the left side of the next product.
 #[cube]
 fn write_weights(weights: &Array<u32>, #[comptime] keys: usize) {
     #[unroll]

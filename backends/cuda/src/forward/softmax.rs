@@ -72,21 +72,20 @@ impl RowPair {
     }
 }
 
-/// Turns the scores in registers `sco` into weights `exp(scale S - m)`, packed in pairs, and brings
-/// the rows up to date.
+/// The scores in the registers of `buffer`, masked; the rows' maxima take them into account.
 #[cube]
-pub(crate) fn softmax(
+pub(crate) fn take_scores(
     rows: &mut RowPair,
     keys: KeyTile,
     scalars: ForwardScalars,
+    #[comptime] buffer: usize,
     #[comptime] config: ForwardConfig,
-) -> Array<u32> {
+) -> Array<f32> {
     let count = comptime!(config.tile.keys / 2);
-    let scale_log2 = scalars.scale * std::f32::consts::LOG2_E;
     let mut scores = Array::<f32>::new(count);
     #[unroll]
     for step in 0..comptime!(count / 8) {
-        let some = wgmma::read_score_step(step);
+        let some = wgmma::read_score_step(buffer, step);
         #[unroll]
         for i in 0..8usize {
             scores[comptime!(8 * step + i)] = some.extract(i);
@@ -104,14 +103,27 @@ pub(crate) fn softmax(
             lower_max = max(lower_max, scores[comptime!(4 * i + 2 + j)]);
         }
     }
+    let scale_log2 = scalars.scale * std::f32::consts::LOG2_E;
     rows.upper.raise(upper_max, scale_log2);
     rows.lower.raise(lower_max, scale_log2);
+    scores
+}
 
+/// The weights `exp(scale S - m)`, packed in pairs, and added to the rows' sums.
+#[cube]
+pub(crate) fn make_weights(
+    rows: &mut RowPair,
+    scores: &Array<f32>,
+    scalars: ForwardScalars,
+    #[comptime] config: ForwardConfig,
+) -> Array<u32> {
+    let count = comptime!(config.tile.keys / 4);
+    let scale_log2 = scalars.scale * std::f32::consts::LOG2_E;
     let upper_shift = rows.upper.max * scale_log2;
     let lower_shift = rows.lower.max * scale_log2;
-    let mut packed = Array::<u32>::new(comptime!(count / 2));
+    let mut packed = Array::<u32>::new(count);
     #[unroll]
-    for i in 0..comptime!(count / 2) {
+    for i in 0..count {
         let upper = comptime!(i % 2 == 0);
         let shift = if upper { upper_shift } else { lower_shift };
         let low = math::exp2(fma(scores[comptime!(2 * i)], scale_log2, -shift));

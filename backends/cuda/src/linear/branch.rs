@@ -124,7 +124,7 @@ pub(crate) fn keep_pass(
 ) {
     #[unroll]
     for group in 0..comptime!(pass_columns(products) / 16) {
-        let values = wgmma::read_score_step(group);
+        let values = wgmma::read_score_step(0usize, group);
         let mut words = Vector::<u32, Const<4>>::empty();
         #[unroll]
         for i in 0..4usize {

@@ -12,21 +12,18 @@ use cubecl::prelude::*;
 use super::value;
 use super::wgmma::{Products, add_product, clear, list, load_rows, read_eight, write_four};
 
-/// Declares `dpr`, and `grd` or, for keys, `dsc` and `dka`. Once, at the top of a kernel.
+/// Declares `dpr` and `grd` or, for keys, `dsc` and `dka`. Once, at the top of a kernel.
 #[cube]
 pub(crate) fn declare(#[comptime] products: Products, #[comptime] keys: bool) {
     let text = comptime!({
         let p = products;
-        let rest = if keys {
-            format!(
-                ".reg .b32 dsc<{}>; .reg .f32 dka<{}>;",
-                p.keys / 4,
-                p.head_dim / 2
-            )
+        if keys {
+            let (packed, accumulator) = (p.keys / 4, p.head_dim / 2);
+            format!(".reg .b32 dsc<{packed}>; .reg .f32 dka<{accumulator}>;")
         } else {
-            format!(".reg .b32 grd<{}>;", p.value_dim / 4)
-        };
-        format!(".reg .f32 dpr<{}>; {rest}", p.keys / 2)
+            let (gradients, packed) = (p.keys / 2, p.value_dim / 4);
+            format!(".reg .f32 dpr<{gradients}>; .reg .b32 grd<{packed}>;")
+        }
     });
     gpu_asm!("{text}");
 }
@@ -60,11 +57,11 @@ pub(crate) fn key_scores(
     #[comptime] products: Products,
 ) {
     let (keys, queries) = (value::<u64>(keys), value::<u64>(queries));
-    let text = comptime!(shared_product(products, products.head_dim, rows, "sco"));
+    let text = comptime!(shared_product(products, products.head_dim, rows));
     gpu_asm!("/* {keys} {queries} */ {text}", keys = in(_) keys, queries = in(_) queries);
 }
 
-/// Begins `dpr = V dO^T` with a shared tile of 64 values and one of output gradients in boxes of
+/// Begins `sco = V dO^T` with a shared tile of 64 values and one of output gradients in boxes of
 /// `rows` rows.
 #[cube]
 pub(crate) fn key_probability_gradients(
@@ -74,11 +71,11 @@ pub(crate) fn key_probability_gradients(
     #[comptime] products: Products,
 ) {
     let (values, grads) = (value::<u64>(values), value::<u64>(grads));
-    let text = comptime!(shared_product(products, products.value_dim, rows, "dpr"));
+    let text = comptime!(shared_product(products, products.value_dim, rows));
     gpu_asm!("/* {values} {grads} */ {text}", values = in(_) values, grads = in(_) grads);
 }
 
-fn shared_product(p: Products, depth: usize, rows: usize, to: &str) -> String {
+fn shared_product(p: Products, depth: usize, rows: usize) -> String {
     product(p, depth, |step| {
         // 16 columns are 32 bytes; 64 columns are a box of 128 bytes a row. Offsets count 16 bytes.
         let a = step / 4 * 64 * 8 + step % 4 * 2;
@@ -88,7 +85,7 @@ fn shared_product(p: Products, depth: usize, rows: usize, to: &str) -> String {
             "0, ".to_owned(),
             "a".to_owned(),
             offsets,
-            list(to, 0..p.keys / 2),
+            list("sco", 0..p.keys / 2),
         )
     })
 }

@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | `acc<N/2>` | f32 accumulator `[64, N]` | register `i`: row `16w + l/4 + 8((i/2)%2)`, column `8(i/4) + 2(l%4) + i%2` |
 //! | `sco<K/2>` | f32 scores `[64, K]` | the same |
+//! | `nxt<K/2>` | f32 scores of the tile after it | the same |
 //! | `prb<K/4>` | probabilities `[64, K]`, 16 bits, A operand | scores' registers `2i` and `2i+1` are the halves of register `i` |
 //! | `qry<D/4>` | queries `[64, D]`, 16 bits, A operand | as `prb` |
 //!
@@ -49,8 +50,10 @@ pub(crate) fn declare_registers(#[comptime] products: Products) {
 
 fn declare_text(p: Products) -> String {
     format!(
-        ".reg .f32 acc<{}>; .reg .f32 sco<{}>; .reg .b32 prb<{}>; .reg .b32 qry<{}>;",
+        ".reg .f32 acc<{}>; .reg .f32 sco<{}>; .reg .f32 nxt<{}>; .reg .b32 prb<{}>; \
+         .reg .b32 qry<{}>;",
         p.value_dim / 2,
+        p.keys / 2,
         p.keys / 2,
         p.keys / 4,
         p.head_dim / 4,
@@ -90,15 +93,21 @@ pub(crate) fn wait(#[comptime] pending: u32) {
     gpu_asm!("wgmma.wait_group.sync.aligned {pending};", pending = const pending);
 }
 
-/// Begins `sco = Q K^T` with `Q` the registers `qry` and `K` the tile that `keys` describes.
+/// The registers of a buffer of scores: `sco` or `nxt`.
+fn score_buffer(buffer: usize) -> &'static str {
+    ["sco", "nxt"][buffer]
+}
+
+/// Begins `S = Q K^T`, with `Q` the registers `qry` and `K` the tile that `keys` describes, into
+/// buffer 0 or 1: `sco` or `nxt`.
 #[cube]
-pub(crate) fn scores(keys: u64, #[comptime] products: Products) {
+pub(crate) fn scores(keys: u64, #[comptime] buffer: usize, #[comptime] products: Products) {
     let keys = value::<u64>(keys);
-    let text = comptime!(scores_text(products));
+    let text = comptime!(scores_text(products, score_buffer(buffer)));
     gpu_asm!("/* {keys} */ {text}", keys = in(_) keys);
 }
 
-fn scores_text(p: Products) -> String {
+fn scores_text(p: Products, to: &str) -> String {
     let format = p.format();
     let mut text = String::from(
         "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
@@ -110,7 +119,7 @@ fn scores_text(p: Products) -> String {
              {}, {}, b, {}, 1, 1, 0; ",
             step / 4 * p.keys * 8 + step % 4 * 2,
             p.keys,
-            list("sco", 0..p.keys / 2),
+            list(to, 0..p.keys / 2),
             list("qry", 4 * step..4 * step + 4),
             if step == 0 { "first" } else { "more" },
         );
@@ -175,10 +184,14 @@ pub(crate) fn grow_registers(#[comptime] count: u32) {
     gpu_asm!("setmaxnreg.inc.sync.aligned.u32 {count};", count = const count);
 }
 
-/// Eight neighbouring registers of `sco`, of a finished product: keys `16 group..16 group + 16`.
+/// Eight neighbouring registers of a buffer of scores, of a finished product: keys
+/// `16 group..16 group + 16`.
 #[cube]
-pub(crate) fn read_score_step(#[comptime] group: usize) -> Vector<f32, Const<8>> {
-    read_eight("sco", group)
+pub(crate) fn read_score_step(
+    #[comptime] buffer: usize,
+    #[comptime] group: usize,
+) -> Vector<f32, Const<8>> {
+    read_eight(comptime!(score_buffer(buffer)), group)
 }
 
 /// Lets nothing that `sums` depends on be computed later than here.
