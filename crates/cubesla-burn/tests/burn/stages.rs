@@ -11,7 +11,7 @@ use cubesla_burn::training::{
 use cubesla_burn::{PrecisionConfig, SparseLinearAttention, SparseLinearAttentionConfig};
 
 use crate::common::{
-    assert_close, backward, device, floats, gradient, heads, leaf, relative_error,
+    assert_close, backward, device, floats, gradient, heads, leaf, limit, relative_error,
 };
 
 fn config() -> SparseLinearAttentionConfig {
@@ -95,8 +95,14 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
     };
     run(3, resume());
     let resumed = run(5, resume());
-    assert_eq!(resumed.losses, whole.losses);
-    assert_eq!(parameters(&resumed.model), parameters(&whole.model));
+    if limit(0.0) == 0.0 {
+        assert_eq!(resumed.losses, whole.losses);
+        assert_eq!(parameters(&resumed.model), parameters(&whole.model));
+    } else {
+        // Burn tunes its products while it runs, so two runs need not take the same.
+        let [found, expected] = [&resumed, &whole].map(|run| parameters(&run.model));
+        assert!(relative_error(&found, &expected) < limit(0.0));
+    }
     // One state is kept, of the last step.
     let mut names: Vec<String> = std::fs::read_dir(&folder.0)
         .unwrap()
@@ -138,7 +144,10 @@ fn masses_are_those_of_full_attention() {
             .flat_map(|i| columns.clone().map(move |j| (i, j)))
             .map(|(i, j)| p[(head * 90 + i) * 90 + j])
             .sum();
-        assert!((found - sum / count).abs() < 1e-5, "{at}: {found}");
+        assert!(
+            f64::from((found - sum / count).abs()) < limit(1e-5),
+            "{at}: {found}"
+        );
     }
 }
 
@@ -149,7 +158,7 @@ fn metrics_of_all_blocks_are_perfect() {
     let all = config().with_critical(1.0).with_alpha_logit(30.0);
     let metrics = evaluate(&all.init(&device), q.clone(), k.clone(), v.clone()).unwrap();
     assert_eq!((metrics.sparsity, metrics.agreement), (0.0, 1.0));
-    assert!((metrics.mass - 1.0).abs() < 1e-5 && metrics.error < 1e-5);
+    assert!((metrics.mass - 1.0).abs() < limit(1e-5) && metrics.error < limit(1e-5));
     let some = evaluate(&config().init(&device), q, k, v).unwrap();
     assert!((some.sparsity - 4.0 / 6.0).abs() < 1e-6);
     assert!((0.0..=1.0).contains(&some.agreement) && some.mass < 1.0 && some.error > 0.01);
