@@ -21,9 +21,9 @@ const STAGES: usize = 4;
 pub struct MatmulTile {
     /// FP8 e4m3 rather than INT8.
     pub fp8: bool,
-    /// Whether the scales of X change along K.
-    pub x_steps: bool,
-    /// Whether the scales of W change along K.
+    /// Whether scales change along K: those of X are then applied to each step.
+    pub steps: bool,
+    /// Whether those of W are as well, being the same in 128 columns.
     pub w_steps: bool,
     /// Whether there is a bias.
     pub bias: bool,
@@ -37,7 +37,7 @@ impl MatmulTile {
     pub(crate) fn sums(&self) -> Sums {
         Sums {
             fp8: self.fp8,
-            scaled_steps: self.x_steps || self.w_steps,
+            scaled_steps: self.steps,
         }
     }
 
@@ -100,6 +100,8 @@ pub(crate) struct Memory {
     /// Two boxes of the result for each consumer.
     pub out: u32,
     barriers: u32,
+    /// The barriers of the cube of the cluster that this unit releases stages to.
+    released: u32,
 }
 
 #[cube]
@@ -117,11 +119,18 @@ impl Memory {
             1024usize,
         );
         let barriers = Shared::<[u64]>::new_aligned_slice(comptime!(2 * stages), 16usize);
+        let barriers = generic_to_shared::<u64>(barriers.as_ptr());
+        let released = if comptime!(tile.cluster == 1) {
+            barriers
+        } else {
+            cluster::address_in(barriers, UNIT_POS % comptime!(tile.cluster as u32))
+        };
         let memory = Memory {
             x: generic_to_shared::<u32>(x.as_ptr()),
             w: generic_to_shared::<u32>(w.as_ptr()),
             out: generic_to_shared::<u32>(out.as_ptr()),
-            barriers: generic_to_shared::<u64>(barriers.as_ptr()),
+            barriers,
+            released,
         };
         if UNIT_POS == 0 {
             #[unroll]
@@ -147,15 +156,15 @@ impl Memory {
         self.full(stage) + 8
     }
 
-    /// Hands a stage back to the producers that fill it, once for the warpgroup.
+    /// Hands a stage back to the producers that fill it: a unit of the warpgroup for each.
     pub fn release(&self, stage: u32, #[comptime] tile: MatmulTile) {
-        let unit = UNIT_POS % 128;
-        if comptime!(tile.cluster == 1) {
-            if unit == 0 {
-                barrier::arrive(self.empty(stage));
+        if UNIT_POS % 128 < comptime!(tile.cluster as u32) {
+            let empty = self.released + stage * 16 + 8;
+            if comptime!(tile.cluster == 1) {
+                barrier::arrive(empty);
+            } else {
+                cluster::arrive(empty);
             }
-        } else if unit < comptime!(tile.cluster as u32) {
-            cluster::arrive(self.empty(stage), unit);
         }
     }
 }

@@ -77,9 +77,9 @@ fn sum_steps(
     for step in 0..scalars.steps {
         let mut upper = 1.0f32;
         let mut lower = 1.0f32;
-        if tile.x_steps {
-            upper = x_scales[scalars.x_scales.index(min(row, scalars.rows - 1), step)];
-            lower = x_scales[scalars.x_scales.index(min(row + 8, scalars.rows - 1), step)];
+        if tile.steps {
+            upper = x_scales[scalars.x_scales.index(min(row, scalars.last_row), step)];
+            lower = x_scales[scalars.x_scales.index(min(row + 8, scalars.last_row), step)];
         }
         barrier::wait(memory.full(place.stage), place.parity);
         #[unroll]
@@ -88,7 +88,7 @@ fn sum_steps(
             if tile.w_steps {
                 // 128 columns share a scale.
                 let column = item.column + comptime!((half * 128) as u32);
-                let column = min(column, scalars.columns - 1);
+                let column = min(column, scalars.last_column);
                 scale = w_scales[scalars.w_scales.index(column, step)];
             }
             wgmma::fence();
@@ -98,7 +98,7 @@ fn sum_steps(
             if comptime!(half == 1) {
                 memory.release(place.stage, tile);
             }
-            if comptime!(tile.x_steps || tile.w_steps) {
+            if comptime!(tile.steps) {
                 matmul::scale_to_totals(upper * scale, lower * scale, half, tile.sums());
             } else {
                 matmul::add_to_totals(half);

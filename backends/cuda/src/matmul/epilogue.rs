@@ -24,9 +24,9 @@ pub(crate) fn store(
     let row = item.row + unit_row();
     let mut upper = 1.0f32;
     let mut lower = 1.0f32;
-    if !tile.x_steps {
-        upper = x_scales[scalars.x_scales.index(min(row, scalars.rows - 1), 0u32)];
-        lower = x_scales[scalars.x_scales.index(min(row + 8, scalars.rows - 1), 0u32)];
+    if !tile.steps {
+        upper = x_scales[scalars.x_scales.index(min(row, scalars.last_row), 0u32)];
+        lower = x_scales[scalars.x_scales.index(min(row + 8, scalars.last_row), 0u32)];
     }
     let warpgroup = UNIT_POS / 128;
     let width = comptime!(tile.out_columns());
@@ -87,7 +87,7 @@ impl Columns {
         #[unroll]
         for i in 0..count {
             let inner = comptime!((i / 2 * 8 + i % 2) as u32) + UNIT_POS % 4 * 2;
-            let column = min(first + inner, scalars.columns - 1);
+            let column = min(first + inner, scalars.last_column);
             columns.scales[i] = 1.0;
             columns.bias[i] = 0.0;
             if !tile.w_steps {

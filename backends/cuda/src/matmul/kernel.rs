@@ -12,10 +12,10 @@ use crate::ptx::{cluster, matmul, wgmma};
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(crate) struct MatmulScalars {
-    /// M.
-    pub rows: u32,
-    /// N.
-    pub columns: u32,
+    /// M - 1.
+    pub last_row: u32,
+    /// N - 1.
+    pub last_column: u32,
     /// Steps of 128 along K.
     pub steps: u32,
     /// Clusters' tiles along M.
@@ -36,13 +36,15 @@ pub(crate) struct ScaleOrder {
     pub rows: u32,
     /// Scales side by side along K.
     pub across: u32,
+    /// The last of them.
+    pub last: u32,
 }
 
 #[cube]
 impl ScaleOrder {
     /// Where the scale is. Scales that change along K change with every step.
     pub fn index(self, row: u32, step: u32) -> usize {
-        (row / self.rows * self.across + step) as usize
+        (row / self.rows * self.across + min(step, self.last)) as usize
     }
 }
 

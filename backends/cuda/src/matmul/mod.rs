@@ -85,7 +85,7 @@ impl WgmmaMatmulPlan {
         let row_tiles = rows.div_ceil(ROWS);
         let tile = MatmulTile {
             fp8: x.format == Format::Fp8,
-            x_steps,
+            steps: x_steps || w_steps,
             w_steps,
             bias: problem.bias,
             // The second cube of the last cluster has no work if their number is odd.
@@ -152,8 +152,8 @@ pub fn launch_matmul_wgmma<const R: usize>(
                 None => w.scales().buffer_arg(),
             },
             MatmulScalarsLaunch::new(
-                rows as u32,
-                columns as u32,
+                rows as u32 - 1,
+                columns as u32 - 1,
                 len.div_ceil(128) as u32,
                 row_tiles as u32,
                 columns.div_ceil(COLUMNS) as u32,
@@ -170,7 +170,8 @@ pub fn launch_matmul_wgmma<const R: usize>(
 fn scale_order<const R: usize>(tensor: &QuantizedTensor<R>) -> ScaleOrderLaunch {
     let matrix = tensor.matrix();
     let [rows, columns] = tensor.granularity().region(matrix);
-    ScaleOrderLaunch::new(rows as u32, matrix[1].div_ceil(columns) as u32)
+    let across = matrix[1].div_ceil(columns) as u32;
+    ScaleOrderLaunch::new(rows as u32, across, across - 1)
 }
 
 /// A map of the words of `tensor` in boxes of 128 rows and 32 words, swizzled.

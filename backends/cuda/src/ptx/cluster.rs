@@ -10,13 +10,25 @@ pub(crate) fn sync() {
     gpu_asm!("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;");
 }
 
-/// Arrives once at the `mbarrier` that cube `rank` of the cluster has where this one has `at`.
+/// The address of what cube `rank` of the cluster has where this one has `at`; what lies further, lies
+/// as much further there.
 #[cube]
-pub(crate) fn arrive(at: u32, rank: u32) {
+pub(crate) fn address_in(at: u32, rank: u32) -> u32 {
     let (at, rank) = (value::<u32>(at), value::<u32>(rank));
+    let there: u32;
     gpu_asm!(
-        "{{ .reg .b32 there; mapa.shared::cluster.u32 there, {at}, {rank}; \
-         mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }}",
-        at = in(_) at, rank = in(_) rank
+        "mapa.shared::cluster.u32 {there}, {at}, {rank};",
+        there = out(_) there, at = in(_) at, rank = in(_) rank, options(pure, nomem)
+    );
+    there
+}
+
+/// Arrives once at the `mbarrier` at an [address in](address_in) any cube of the cluster.
+#[cube]
+pub(crate) fn arrive(there: u32) {
+    let there = value::<u32>(there);
+    gpu_asm!(
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{there}];",
+        there = in(_) there
     );
 }
