@@ -9,8 +9,8 @@ use std::process::ExitCode;
 use cubesla::{
     AttentionOptions, Client, Critical, DType, FeatureMap, Format, Granularity, InverseBlockList,
     LinearMode, Precision, RouterOptions, TopKOrder, dynamic_matmul, fake_quantize,
-    linear_attention, low_bit_attention, quantize, quantized_matmul, quantized_matmul_backward, route, select_blocks,
-    soft_top_k, soft_top_k_backward, top_k, upload, weight_only_matmul,
+    linear_attention, low_bit_attention, quantize, quantized_matmul, quantized_matmul_backward,
+    route, select_blocks, soft_top_k, soft_top_k_backward, top_k, upload, weight_only_matmul,
 };
 use harness::low_bit::FORMATS;
 use harness::sla::Combine;
@@ -165,7 +165,11 @@ fn compile_low_bit_attention(client: &Client) {
 /// Products of low-bit matrices that large tiles take: one tile and a cluster of them, scales along the
 /// sum and not.
 fn compile_large_products(client: &Client) {
-    let (row, group, block) = (Granularity::Row, Granularity::Group(128), Granularity::Block);
+    let (row, group, block) = (
+        Granularity::Row,
+        Granularity::Group(128),
+        Granularity::Block,
+    );
     let zeros = |rows: usize| upload(client, &vec![0.0; rows * 128], [rows, 128], DType::F32);
     let bias = upload(client, &[0.0; 256], [256], DType::F32).unwrap();
     for (rows, x, w, bias) in [

@@ -2,8 +2,8 @@
 
 use cubesla::plan::MatmulPlan;
 use cubesla::{
-    DType, DeviceTensor, Format, Granularity, MatmulProblem, ProblemError, QuantizedTensor, download,
-    dynamic_matmul, expect_dynamic, fake_quantize, quantize, quantized_matmul,
+    DType, DeviceTensor, Format, Granularity, MatmulProblem, ProblemError, QuantizedTensor,
+    download, dynamic_matmul, expect_dynamic, fake_quantize, quantize, quantized_matmul,
     quantized_matmul_backward, upload, weight_only_matmul,
 };
 use cubesla_reference::quantize::{Quantized, matmul, matmul_backward};
@@ -283,7 +283,12 @@ fn engines_agree_on_int8_bit_by_bit() {
     let client = client();
     let (row, tensor) = (Granularity::Row, Granularity::Tensor);
     // The last has more tiles than a device has multiprocessors.
-    for size in [[17, 8, 31], [130, 264, 200], [70, 1000, 515], [2100, 4104, 650]] {
+    for size in [
+        [17, 8, 31],
+        [130, 264, 200],
+        [70, 1000, 515],
+        [2100, 4104, 650],
+    ] {
         let [m, n, k] = size;
         for dtype in dtypes(&client) {
             let inputs = Inputs::new(size, dtype, 8);
@@ -320,7 +325,11 @@ fn engines_agree_on_fp8() {
     let [m, n, k] = size;
     for dtype in dtypes(&client) {
         let inputs = Inputs::new(size, dtype, 8);
-        let (row, group, block) = (Granularity::Row, Granularity::Group(128), Granularity::Block);
+        let (row, group, block) = (
+            Granularity::Row,
+            Granularity::Group(128),
+            Granularity::Block,
+        );
         for (x_granularity, w_granularity) in [(row, row), (group, block)] {
             let x = quantized(&inputs.x, [m, k], fp8(x_granularity), dtype);
             let w = quantized(&inputs.w, [n, k], fp8(w_granularity), dtype);

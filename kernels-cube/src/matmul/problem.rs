@@ -48,9 +48,8 @@ impl MatmulProblem {
         dtype: DType,
     ) -> Self {
         let [rows, len] = x.matrix();
-        let aligned = |handle: &cubecl::server::Handle| {
-            handle.offset_start.unwrap_or(0).is_multiple_of(16)
-        };
+        let aligned =
+            |handle: &cubecl::server::Handle| handle.offset_start.unwrap_or(0).is_multiple_of(16);
         Self {
             size: [rows, w.shape()[0], len],
             x: LowBitForm::of(x),

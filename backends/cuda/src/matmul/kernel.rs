@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
 
-use super::config::{COLUMNS, Memory, MatmulTile, ROWS};
+use super::config::{COLUMNS, MatmulTile, Memory, ROWS};
 use super::consumer::consume;
 use super::producer::produce;
 use crate::ptx::{cluster, matmul, wgmma};

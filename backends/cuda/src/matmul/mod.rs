@@ -89,7 +89,11 @@ impl WgmmaMatmulPlan {
             w_steps,
             bias: problem.bias,
             // The second cube of the last cluster has no work if their number is odd.
-            cluster: if row_tiles == 1 { 1 } else { knob("MM_CLUSTER", 2) },
+            cluster: if row_tiles == 1 {
+                1
+            } else {
+                knob("MM_CLUSTER", 2)
+            },
             dtype,
         };
         let clusters = row_tiles.div_ceil(tile.cluster) * columns.div_ceil(COLUMNS);
@@ -215,5 +219,8 @@ fn map(tensor: TensorArg, elem: ElemType, [rows, columns]: [usize; 2]) -> Tensor
 }
 
 fn knob(name: &str, default: usize) -> usize {
-    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+    std::env::var(name)
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(default)
 }
