@@ -73,23 +73,32 @@ fn sum_steps(
     #[comptime] tile: MatmulTile,
 ) {
     let row = item.row + unit_row();
+    let (x_order, w_order) = (scalars.x_scales, scalars.w_scales);
+    let x_upper = x_order.first(min(row, scalars.last_row));
+    let x_lower = x_order.first(min(row + 8, scalars.last_row));
+    // 128 columns share a scale.
+    let w_left = w_order.first(item.column);
+    let w_right = w_order.first(min(item.column + 128, scalars.last_column));
     matmul::clear_totals();
     for step in 0..scalars.steps {
         let mut upper = 1.0f32;
         let mut lower = 1.0f32;
         if tile.steps {
-            upper = x_scales[scalars.x_scales.index(min(row, scalars.last_row), step)];
-            lower = x_scales[scalars.x_scales.index(min(row + 8, scalars.last_row), step)];
+            let offset = x_order.offset(step);
+            upper = x_scales[(x_upper + offset) as usize];
+            lower = x_scales[(x_lower + offset) as usize];
         }
         barrier::wait(memory.full(place.stage), place.parity);
         #[unroll]
         for half in 0..2usize {
             let mut scale = 1.0f32;
             if tile.w_steps {
-                // 128 columns share a scale.
-                let column = item.column + comptime!((half * 128) as u32);
-                let column = min(column, scalars.last_column);
-                scale = w_scales[scalars.w_scales.index(column, step)];
+                let first = if comptime!(half == 0) {
+                    w_left
+                } else {
+                    w_right
+                };
+                scale = w_scales[(first + w_order.offset(step)) as usize];
             }
             wgmma::fence();
             multiply(place.stage, 0u32, half, memory, tile);

@@ -25,8 +25,8 @@ pub(crate) fn store(
     let mut upper = 1.0f32;
     let mut lower = 1.0f32;
     if !tile.steps {
-        upper = x_scales[scalars.x_scales.index(min(row, scalars.last_row), 0u32)];
-        lower = x_scales[scalars.x_scales.index(min(row + 8, scalars.last_row), 0u32)];
+        upper = x_scales[scalars.x_scales.first(min(row, scalars.last_row)) as usize];
+        lower = x_scales[scalars.x_scales.first(min(row + 8, scalars.last_row)) as usize];
     }
     let warpgroup = UNIT_POS / 128;
     let width = comptime!(tile.out_columns());
@@ -91,7 +91,7 @@ impl Columns {
             columns.scales[i] = 1.0;
             columns.bias[i] = 0.0;
             if !tile.w_steps {
-                columns.scales[i] = w_scales[scalars.w_scales.index(column, 0u32)];
+                columns.scales[i] = w_scales[scalars.w_scales.first(column) as usize];
             }
             if tile.bias {
                 columns.bias[i] = bias[column as usize];
@@ -138,7 +138,7 @@ fn stage(to: u32, values: &Array<f32>, #[comptime] group: usize, #[comptime] til
         for i in 0..4usize {
             let row = warp_row + lane / 4 + comptime!((i % 2 * 8) as u32);
             let column = comptime!((16 * group + i / 2 * 8) as u32) + lane % 4 * 2;
-            let at = to + row * 128 + (column / 4 ^ row % 8) * 16 + column % 4 * 4;
+            let at = to + row * 128 + ((column / 4) ^ (row % 8)) * 16 + column % 4 * 4;
             math::store_pair(at, values[comptime!(2 * i)], values[comptime!(2 * i + 1)]);
         }
     } else {
@@ -155,6 +155,6 @@ fn stage(to: u32, values: &Array<f32>, #[comptime] group: usize, #[comptime] til
         }
         let row = warp_row + lane % 16;
         let chunk = comptime!((group * 2) as u32) + lane / 16;
-        math::store_matrices(to + row * 128 + (chunk ^ row % 8) * 16, words);
+        math::store_matrices(to + row * 128 + (chunk ^ (row % 8)) * 16, words);
     }
 }

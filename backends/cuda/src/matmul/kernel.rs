@@ -42,9 +42,14 @@ pub(crate) struct ScaleOrder {
 
 #[cube]
 impl ScaleOrder {
-    /// Where the scale is. Scales that change along K change with every step.
-    pub fn index(self, row: u32, step: u32) -> usize {
-        (row / self.rows * self.across + min(step, self.last)) as usize
+    /// Where the scales of a row begin.
+    pub fn first(self, row: u32) -> u32 {
+        row / self.rows * self.across
+    }
+
+    /// How far from there a step's is. Scales that change along K change with every step.
+    pub fn offset(self, step: u32) -> u32 {
+        min(step, self.last)
     }
 }
 

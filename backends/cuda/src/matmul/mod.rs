@@ -36,9 +36,6 @@ use crate::hopper::multiprocessors;
 use config::{COLUMNS, ROWS};
 use kernel::{MatmulScalarsLaunch, ScaleOrderLaunch, low_bit_matmul_wgmma};
 
-/// Rows of X up to which the portable kernels are as fast: they are bound by reading W, which more
-/// cubes can than there are tiles here.
-const FEW_ROWS: usize = 16;
 /// Clusters' tiles along M of a band.
 const BAND: usize = 8;
 
@@ -71,9 +68,6 @@ impl WgmmaMatmulPlan {
         if x.format == Format::Fp8 && dtype == DType::F32 {
             return Err("tensor cores keep about 14 bits of a sum of FP8 products");
         }
-        if rows <= FEW_ROWS {
-            return Err("few rows fill no tile");
-        }
         if !problem.aligned || !(columns * dtype.size()).is_multiple_of(16) {
             return Err("bulk copies need rows that are multiples of 16 bytes");
         }
@@ -88,11 +82,11 @@ impl WgmmaMatmulPlan {
             steps: x_steps || w_steps,
             w_steps,
             bias: problem.bias,
-            // The second cube of the last cluster has no work if their number is odd.
-            cluster: if row_tiles == 1 {
-                1
+            // The last cluster's second cube has no work if their number is odd.
+            cluster: if row_tiles.is_multiple_of(2) || row_tiles > 8 {
+                2
             } else {
-                knob("MM_CLUSTER", 2)
+                1
             },
             dtype,
         };
@@ -161,7 +155,7 @@ pub fn launch_matmul_wgmma<const R: usize>(
                 len.div_ceil(128) as u32,
                 row_tiles as u32,
                 columns.div_ceil(COLUMNS) as u32,
-                knob("MM_BAND", BAND) as u32,
+                BAND as u32,
                 scale_order(x),
                 scale_order(w),
             ),
@@ -216,11 +210,4 @@ fn map(tensor: TensorArg, elem: ElemType, [rows, columns]: [usize; 2]) -> Tensor
     )
     .with_swizzle(TensorMapSwizzle::B128)
     .with_prefetch(TensorMapPrefetch::B256)
-}
-
-fn knob(name: &str, default: usize) -> usize {
-    std::env::var(name)
-        .ok()
-        .and_then(|v| v.parse().ok())
-        .unwrap_or(default)
 }

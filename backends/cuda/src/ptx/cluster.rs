@@ -24,11 +24,14 @@ pub(crate) fn address_in(at: u32, rank: u32) -> u32 {
 }
 
 /// Arrives once at the `mbarrier` at an [address in](address_in) any cube of the cluster.
+///
+/// For units that only read: a release of the unit's writes to the cluster would wait for all of its
+/// memory accesses.
 #[cube]
 pub(crate) fn arrive(there: u32) {
     let there = value::<u32>(there);
     gpu_asm!(
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{there}];",
+        "mbarrier.arrive.shared::cluster.b64 _, [{there}];",
         there = in(_) there
     );
 }

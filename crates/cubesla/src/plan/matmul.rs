@@ -27,6 +27,17 @@ pub enum MatmulEngine {
     Portable,
 }
 
+type Candidate = fn(&MatmulProblem, &DeviceProperties) -> Result<MatmulEngine, &'static str>;
+
+/// The engines, fastest first. The last one takes everything.
+const ENGINES: &[(&str, Candidate)] = &[
+    #[cfg(feature = "cuda")]
+    ("wgmma", |problem, device| {
+        cubesla_cuda::matmul::WgmmaMatmulPlan::new(problem, device).map(MatmulEngine::Wgmma)
+    }),
+    ("portable", |_, _| Ok(MatmulEngine::Portable)),
+];
+
 impl MatmulPlan {
     /// The plan for `problem` on a device.
     pub fn new(problem: &MatmulProblem, device: &DeviceProperties) -> Self {
@@ -34,24 +45,19 @@ impl MatmulPlan {
     }
 
     /// A plan for every engine that can run `problem`, fastest first: for comparing engines.
-    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     pub fn all(problem: &MatmulProblem, device: &DeviceProperties) -> Vec<Self> {
-        let mut portable = Self {
-            engine: MatmulEngine::Portable,
-            passed_over: Vec::new(),
-        };
-        #[cfg(feature = "cuda")]
-        match cubesla_cuda::matmul::WgmmaMatmulPlan::new(problem, device) {
-            Ok(plan) => {
-                let wgmma = Self {
-                    engine: MatmulEngine::Wgmma(plan),
-                    passed_over: Vec::new(),
-                };
-                return vec![wgmma, portable];
+        let mut plans = Vec::new();
+        let mut passed_over = Vec::new();
+        for (name, candidate) in ENGINES {
+            match candidate(problem, device) {
+                Ok(engine) => plans.push(Self {
+                    engine,
+                    passed_over: passed_over.clone(),
+                }),
+                Err(reason) => passed_over.push((*name, reason)),
             }
-            Err(reason) => portable.passed_over.push(("wgmma", reason)),
         }
-        vec![portable]
+        plans
     }
 
     /// Runs the plan; operands that its engine cannot multiply fall back to the portable kernels.
