@@ -6,7 +6,7 @@ use super::config::{COLUMNS, MatmulTile, Memory};
 use super::epilogue::store;
 use super::kernel::{Item, MatmulScalars, first_item, item_stride};
 use crate::forward::config::Place;
-use crate::ptx::{barrier, matmul, tma, wgmma};
+use crate::ptx::{barrier, matmul, tma, value, wgmma};
 
 /// The loop over items.
 #[cube]
@@ -23,7 +23,9 @@ pub(crate) fn consume(
     let mut index = first_item(tile);
     while index < scalars.row_tiles * scalars.column_tiles {
         let item = Item::new(index, scalars, tile);
-        if comptime!(tile.sums().has_totals()) {
+        if comptime!(tile.pairs()) {
+            sum_pairs(&mut place, memory, scalars, tile);
+        } else if comptime!(tile.sums().has_totals()) {
             sum_steps(&mut place, x_scales, w_scales, item, memory, scalars, tile);
         } else {
             sum_all(&mut place, memory, scalars, tile);
@@ -115,6 +117,62 @@ fn sum_steps(
         }
         place.advance();
     }
+}
+
+/// Sums of pairs of steps, added to totals in f32 while the other warpgroup multiplies.
+///
+/// The halves take turns in an order that needs no more stages: the second half of columns over steps
+/// 0 and 1, the first over 1 and 2, the second over 2 and 3. Step 0 of the first half is a pair's rest.
+#[cube]
+fn sum_pairs(
+    place: &mut Place,
+    memory: Memory,
+    scalars: MatmulScalars,
+    #[comptime] tile: MatmulTile,
+) {
+    matmul::clear_totals();
+    barrier::wait(memory.full(place.stage), place.parity);
+    wgmma::fence();
+    multiply(place.stage, 0u32, 0usize, memory, tile);
+    wgmma::commit();
+    wgmma::wait(0u32);
+    matmul::add_to_totals(0usize);
+    let mut left = scalars.steps;
+    while left > 0 {
+        left -= 1;
+        sum_pair(place, left > 0, 1usize, memory, tile);
+        if left > 0 {
+            left -= 1;
+            sum_pair(place, left > 0, 0usize, memory, tile);
+        }
+    }
+}
+
+/// Adds the `half`-th columns over this step, and the next if there is one, and finishes this one.
+#[cube]
+fn sum_pair(
+    place: &mut Place,
+    more: bool,
+    #[comptime] half: usize,
+    memory: Memory,
+    #[comptime] tile: MatmulTile,
+) {
+    let stage = value::<u32>(place.stage);
+    wgmma::fence();
+    multiply(stage, 0u32, half, memory, tile);
+    wgmma::commit();
+    place.advance();
+    if more {
+        barrier::wait(memory.full(place.stage), place.parity);
+        multiply(place.stage, 1u32, half, memory, tile);
+        wgmma::commit();
+        wgmma::wait(1u32);
+    } else {
+        wgmma::wait(0u32);
+    }
+    memory.release(stage, tile);
+    wgmma::wait(0u32);
+    matmul::add_to_totals(half);
 }
 
 /// The unit's upper row among those of the cube's tile; its lower one is 8 further.
