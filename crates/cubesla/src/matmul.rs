@@ -11,7 +11,8 @@ use crate::plan::MatmulPlan;
 /// `dtype`.
 ///
 /// INT8 by INT8 without zero points is summed in integers, exactly. FP8 by FP8 is summed by tensor
-/// cores where a [plan](MatmulPlan) finds them: 128 products at a time with about 14 bits, then in f32.
+/// cores where a [plan](MatmulPlan) finds them: 128 or 256 products at a time with about 14 bits, then in
+/// f32.
 /// Of other formats the activations are decoded to f32 first. `bias` is contiguous f32 `[N]`.
 ///
 /// # Errors

@@ -9,9 +9,10 @@
 //! - A cube computes 128x256 of the result, two warpgroups 64 rows each; two cubes, one below the other,
 //!   are a cluster and load W for each other, so that the L2 cache is read a third less.
 //! - INT8 sums stay where the tensor cores leave them: 32-bit integers, exact, scaled once at the end.
-//! - FP8 sums of 128 products are added up in f32, since the tensor cores keep about 14 bits of a sum.
-//!   They come in halves of 128 columns, as the totals take most registers, and one warpgroup adds
-//!   while the other multiplies. Scales that change along K are applied on this way, of both formats.
+//! - FP8 sums of 128 products are added up in f32, since the tensor cores keep about 14 bits of a sum;
+//!   of 256 where one scale serves all of K and the result is bf16. They come in halves of 128 columns,
+//!   as the totals take most registers, and one warpgroup adds while the other multiplies. Scales that
+//!   change along K are applied on this way, of both formats.
 //! - Cubes stay and take one tile after another: the producer loads the next one's operands while the
 //!   last is being stored.
 

@@ -5,7 +5,7 @@
 //! | name | holds | layout |
 //! |---|---|---|
 //! | `prd<128>` | s32 sums `[64, 256]`, of sums under one pair of scales | as `acc` of [`super::wgmma`] |
-//! | `prd<64>` | f32 or s32 sums `[64, 128]` of a step, otherwise | the same |
+//! | `prd<64>` | f32 or s32 sums `[64, 128]` of a step or two, otherwise | the same |
 //! | `tot<128>` | f32 sums `[64, 256]` over steps | the same |
 
 use cubecl::prelude::*;
@@ -26,8 +26,8 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
-    /// Whether each step's sums are added to totals in f32. FP8's are, for tensor cores keep about 14
-    /// bits of them.
+    /// Whether sums of one or two steps are added to totals in f32. FP8's are, for tensor cores keep
+    /// about 14 bits of them.
     pub fn has_totals(self) -> bool {
         self.fp8 || self.scaled_steps
     }
@@ -53,7 +53,7 @@ pub(crate) fn declare(#[comptime] sums: Sums) {
     gpu_asm!("{text}");
 }
 
-/// Begins `prd = X W^T`, or `prd += X W^T` if `add` is not 0, over a step with tiles that the
+/// Begins `prd = X W^T`, or `prd += X W^T` if `add` is not 0, over a step, with tiles that the
 /// descriptors are of.
 #[cube]
 pub(crate) fn multiply(x: u64, w: u64, add: u32, #[comptime] sums: Sums) {
