@@ -245,7 +245,7 @@ fn sixteen_bits() {
 }
 
 /// Sizes that engines with large tiles take, all of them ragged.
-const TILES: [Size; 3] = [[17, 8, 31], [130, 264, 200], [260, 520, 130]];
+const TILES: [Size; 3] = [[17, 8, 31], [130, 264, 200], [260, 520, 300]];
 
 #[test]
 fn large_tiles_in_every_type() {
