@@ -23,7 +23,7 @@ pub(crate) fn address_in(at: u32, rank: u32) -> u32 {
     there
 }
 
-/// Arrives once at the `mbarrier` at an [address in](address_in) any cube of the cluster.
+/// Arrives once at the `mbarrier` at an [address in](address_in()) any cube of the cluster.
 ///
 /// For units that only read: a release of the unit's writes to the cluster would wait for all of its
 /// memory accesses.
