@@ -9,8 +9,8 @@ use std::process::ExitCode;
 use cubesla::{
     AttentionOptions, Client, Critical, DType, FeatureMap, Format, Granularity, InverseBlockList,
     LinearMode, Precision, RouterOptions, TopKOrder, dynamic_matmul, fake_quantize,
-    linear_attention, low_bit_attention, quantize, quantized_matmul_backward, route, select_blocks,
-    soft_top_k, soft_top_k_backward, top_k, upload, weight_only_matmul,
+    linear_attention, low_bit_attention, quantize, quantized_matmul, quantized_matmul_backward,
+    route, select_blocks, soft_top_k, soft_top_k_backward, top_k, upload, weight_only_matmul,
 };
 use harness::low_bit::FORMATS;
 use harness::sla::Combine;
@@ -162,9 +162,40 @@ fn compile_low_bit_attention(client: &Client) {
     }
 }
 
+/// Products of low-bit matrices that large tiles take: one tile and a cluster of them, scales along the
+/// sum and not.
+fn compile_large_products(client: &Client) {
+    let (row, group, block) = (
+        Granularity::Row,
+        Granularity::Group(128),
+        Granularity::Block,
+    );
+    let zeros = |rows: usize| upload(client, &vec![0.0; rows * 128], [rows, 128], DType::F32);
+    let bias = upload(client, &[0.0; 256], [256], DType::F32).unwrap();
+    for (rows, x, w, bias) in [
+        (64, row, row, None),
+        (256, row, row, None),
+        (256, row, row, Some(&bias)),
+        (256, group, row, None),
+        (256, row, block, None),
+        (256, group, block, Some(&bias)),
+    ] {
+        for format in [Format::Int8, Format::Fp8] {
+            let quantized = |rows, granularity| {
+                quantize(client, &zeros(rows).unwrap(), format, granularity, false).unwrap()
+            };
+            let (x, w) = (quantized(rows, x), quantized(256, w));
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                quantized_matmul(client, &x, &w, bias, dtype).expect("a valid call");
+            }
+        }
+    }
+}
+
 /// Every format and granularity, products with all sizes of tiles, and low-bit attention.
 fn compile_low_bits(client: &Client) {
     compile_low_bit_attention(client);
+    compile_large_products(client);
     for dtype in [DType::F32, DType::BF16] {
         let zeros = |rows: usize| upload(client, &vec![0.0; rows * 128], [rows, 128], dtype);
         let w = zeros(1024).unwrap();

@@ -1,8 +1,9 @@
 //! Products with low-bit matrices.
 
+use cubesla::plan::MatmulPlan;
 use cubesla::{
-    DType, DeviceTensor, Format, Granularity, ProblemError, QuantizedTensor, download,
-    dynamic_matmul, expect_dynamic, fake_quantize, quantize, quantized_matmul,
+    DType, DeviceTensor, Format, Granularity, MatmulProblem, ProblemError, QuantizedTensor,
+    download, dynamic_matmul, expect_dynamic, fake_quantize, quantize, quantized_matmul,
     quantized_matmul_backward, upload, weight_only_matmul,
 };
 use cubesla_reference::quantize::{Quantized, matmul, matmul_backward};
@@ -75,7 +76,18 @@ fn quantized(
     quantize(&client, &tensor, scheme.0, scheme.1, scheme.2).unwrap()
 }
 
-/// Both operands in low bits, with a bias, twice.
+/// Every engine's plan for a product.
+fn plans(
+    x: &QuantizedTensor<2>,
+    w: &QuantizedTensor<2>,
+    bias: Option<&DeviceTensor<1>>,
+    dtype: DType,
+) -> Vec<MatmulPlan> {
+    let problem = MatmulProblem::new(x, w, bias, dtype);
+    MatmulPlan::all(&problem, client().properties())
+}
+
+/// Both operands in low bits, with a bias, twice with every engine.
 fn check_quantized(size: Size, x_scheme: Scheme, w_scheme: Scheme, dtype: DType) {
     let client = client();
     let [m, n, k] = size;
@@ -84,23 +96,23 @@ fn check_quantized(size: Size, x_scheme: Scheme, w_scheme: Scheme, dtype: DType)
     let x = quantized(&inputs.x, [m, k], x_scheme, dtype);
     let w = quantized(&inputs.w, [n, k], w_scheme, dtype);
     let bias = upload(&client, &inputs.bias, [n], DType::F32).unwrap();
-    let run = || {
-        poison(m * n, dtype);
-        let out = quantized_matmul(&client, &x, &w, Some(&bias), dtype).unwrap();
-        assert_eq!((out.shape(), out.dtype()), ([m, n], dtype));
-        download(&client, &out).unwrap()
+    let exact = {
+        let x = reference(&inputs.x, [m, k], x_scheme);
+        let w = reference(&inputs.w, [n, k], w_scheme);
+        let (x, w) = (|i, l| x.value(i, l), |j, l| w.value(j, l));
+        matmul(x, w, size, &inputs.bias)
     };
-    let found = run();
-    assert_eq!(found, run(), "two runs of {what}");
-    let x = reference(&inputs.x, [m, k], x_scheme);
-    let w = reference(&inputs.w, [n, k], w_scheme);
-    let exact = matmul(
-        |i, l| x.value(i, l),
-        |j, l| w.value(j, l),
-        size,
-        &inputs.bias,
-    );
-    expect_near(&found, &exact, dtype, &what);
+    for plan in plans(&x, &w, Some(&bias), dtype) {
+        let run = || {
+            poison(m * n, dtype);
+            let out = plan.launch(&client, &x, &w, Some(&bias), dtype).unwrap();
+            assert_eq!((out.shape(), out.dtype()), ([m, n], dtype));
+            download(&client, &out).unwrap()
+        };
+        let found = run();
+        assert_eq!(found, run(), "two runs of {what}: {plan}");
+        expect_near(&found, &exact, dtype, &format!("{what}: {plan}"));
+    }
 }
 
 /// Full-precision activations, with a bias, twice; then the gradient.
@@ -256,6 +268,112 @@ fn few_rows_in_sixteen_bits() {
     }
 }
 
+/// Sizes that engines with large tiles take, all of them ragged.
+const TILES: [Size; 3] = [[17, 8, 31], [130, 264, 200], [260, 520, 300]];
+
+#[test]
+fn large_tiles_in_every_type() {
+    let client = client();
+    for dtype in dtypes(&client) {
+        for size in TILES {
+            for granularity in [int8, fp8] {
+                let row = granularity(Granularity::Row);
+                check_quantized(size, row, row, dtype);
+            }
+        }
+    }
+}
+
+#[test]
+fn large_tiles_with_scales_along_the_sum() {
+    let client = client();
+    let (row, block) = (Granularity::Row, Granularity::Block);
+    let group = Granularity::Group(128);
+    for dtype in dtypes(&client) {
+        for of in [int8, fp8] {
+            for (x, w) in [(group, block), (group, row), (block, block)] {
+                check_quantized([150, 264, 384], of(x), of(w), dtype);
+            }
+            for (x, w) in [(row, block), (block, row), (Granularity::Tensor, block)] {
+                check_quantized([150, 264, 200], of(x), of(w), dtype);
+            }
+        }
+    }
+}
+
+/// INT8 sums under one pair of scales are exact, so every engine rounds the same numbers.
+#[test]
+fn engines_agree_on_int8_bit_by_bit() {
+    let client = client();
+    let (row, tensor) = (Granularity::Row, Granularity::Tensor);
+    // The last has more tiles than a device has multiprocessors.
+    for size in [
+        [17, 8, 31],
+        [130, 264, 200],
+        [70, 1000, 515],
+        [2100, 4104, 650],
+    ] {
+        let [m, n, k] = size;
+        for dtype in dtypes(&client) {
+            let inputs = Inputs::new(size, dtype, 8);
+            let bias = upload(&client, &inputs.bias, [n], DType::F32).unwrap();
+            for (x_granularity, w_granularity) in [(row, row), (tensor, row), (row, tensor)] {
+                let x = quantized(&inputs.x, [m, k], int8(x_granularity), dtype);
+                let w = quantized(&inputs.w, [n, k], int8(w_granularity), dtype);
+                for bias in [None, Some(&bias)] {
+                    let plans = plans(&x, &w, bias, dtype);
+                    if plans.len() == 1 {
+                        continue;
+                    }
+                    let mut results = plans.iter().map(|plan| {
+                        poison(m * n, dtype);
+                        let out = plan.launch(&client, &x, &w, bias, dtype).unwrap();
+                        download(&client, &out).unwrap()
+                    });
+                    let first = results.next().unwrap();
+                    assert!(
+                        results.all(|other| other == first),
+                        "{size:?} {x_granularity:?} {w_granularity:?} {dtype}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// More tiles than a device has multiprocessors, long sums: every engine against the portable one.
+#[test]
+fn engines_agree_on_fp8() {
+    let client = client();
+    let size = [2100, 4104, 2048];
+    let [m, n, k] = size;
+    for dtype in dtypes(&client) {
+        let inputs = Inputs::new(size, dtype, 8);
+        let (row, group, block) = (
+            Granularity::Row,
+            Granularity::Group(128),
+            Granularity::Block,
+        );
+        for (x_granularity, w_granularity) in [(row, row), (group, block)] {
+            let x = quantized(&inputs.x, [m, k], fp8(x_granularity), dtype);
+            let w = quantized(&inputs.w, [n, k], fp8(w_granularity), dtype);
+            let plans = plans(&x, &w, None, dtype);
+            let [wgmma, portable] = &plans[..] else {
+                continue;
+            };
+            let run = |plan: &MatmulPlan, dtype| {
+                let out = plan.launch(&client, &x, &w, None, dtype).unwrap();
+                wide(&download(&client, &out).unwrap())
+            };
+            let exact = run(portable, DType::F32);
+            let bound = 2.0 * relative_error(&run(portable, dtype), &exact);
+            let error = relative_error(&run(wgmma, dtype), &exact);
+            println!("{dtype} {x_granularity:?}: {error:.2e} of {bound:.2e}");
+            assert!(error <= bound, "{dtype}: {error:.2e} > {bound:.2e}");
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
@@ -279,7 +397,7 @@ proptest! {
 #[test]
 fn integer_sums_are_exact() {
     let client = client();
-    let [m, n, k] = [19, 70, 1000];
+    let [m, n, k] = [19, 72, 1000];
     let mut rng = Rng::new(3);
     let mut codes = |len: usize| -> Vec<u8> {
         (0..len)

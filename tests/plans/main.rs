@@ -8,8 +8,8 @@ use cubecl::ir::{
     DeviceIdentity, DeviceProperties, ElemType, FloatKind, HardwareProperties,
     MemoryDeviceProperties,
 };
-use cubesla::plan::ForwardPlan;
-use cubesla::{AttentionProblem, DType};
+use cubesla::plan::{ForwardPlan, MatmulPlan};
+use cubesla::{AttentionProblem, DType, Format, Granularity, LowBitForm, MatmulProblem};
 
 /// A device as far as plans look at it.
 struct Profile {
@@ -175,4 +175,106 @@ fn plans_are_the_ones_written_down() {
         golden.lines().count(),
         "plans.txt has other lines"
     );
+}
+
+/// A product of 8-bit matrices that Hopper's engine takes.
+fn product() -> MatmulProblem {
+    let form = LowBitForm {
+        format: Format::Int8,
+        granularity: Granularity::Row,
+        zero_point: false,
+    };
+    MatmulProblem {
+        size: [4096, 4096, 4096],
+        x: form,
+        w: form,
+        bias: false,
+        dtype: DType::BF16,
+        aligned: true,
+    }
+}
+
+fn with_granularity([x, w]: [Granularity; 2]) -> MatmulProblem {
+    let mut problem = product();
+    (problem.x.granularity, problem.w.granularity) = (x, w);
+    problem
+}
+
+fn with_formats(format: Format, dtype: DType) -> MatmulProblem {
+    let mut problem = product();
+    (problem.x.format, problem.w.format) = (format, format);
+    MatmulProblem { dtype, ..problem }
+}
+
+#[test]
+fn products_have_the_engine_that_can_run_them() {
+    use Granularity::{Block, Column, Group, Row, Tensor};
+    let find = |name| {
+        PROFILES
+            .iter()
+            .find(|profile| profile.name == name)
+            .unwrap()
+    };
+    let hopper = find("H200").properties();
+    let takes = |problem: MatmulProblem, expected: &str| {
+        assert_eq!(MatmulPlan::new(&problem, &hopper).to_string(), expected);
+        let engines = MatmulPlan::all(&problem, &hopper);
+        assert_eq!(engines.len(), 2, "{problem:?}");
+        assert_eq!(engines[1].to_string(), "portable");
+    };
+    let large = "wgmma 256x256, 4 stages, 132 cubes";
+    takes(product(), large);
+    takes(with_formats(Format::Int8, DType::F32), large);
+    takes(with_formats(Format::Fp8, DType::BF16), large);
+    for shared in [
+        [Tensor, Row],
+        [Row, Tensor],
+        [Group(128), Block],
+        [Group(128), Row],
+        [Row, Block],
+    ] {
+        takes(with_granularity(shared), large);
+    }
+    let size = [100, 1000, 33];
+    takes(
+        MatmulProblem { size, ..product() },
+        "wgmma 128x256, 4 stages, 4 cubes",
+    );
+    let size = [300, 1000, 33];
+    takes(
+        MatmulProblem { size, ..product() },
+        "wgmma 128x256, 4 stages, 12 cubes",
+    );
+
+    let passes = |problem: MatmulProblem, device: &DeviceProperties, reason: &str| {
+        let plan = MatmulPlan::new(&problem, device).to_string();
+        assert_eq!(plan, format!("portable (not wgmma: {reason})"));
+    };
+    let capability = "wgmma needs compute capability 9.0";
+    passes(product(), &find("RTX 5090").properties(), capability);
+    passes(product(), &find("llvmpipe").properties(), capability);
+    let mut zero_point = product();
+    zero_point.w.zero_point = true;
+    passes(zero_point, &hopper, "zero points need sums of codes");
+    let formats = "wgmma multiplies INT8 by INT8 or FP8 by FP8";
+    passes(with_formats(Format::Int4, DType::F32), &hopper, formats);
+    let rounded = "tensor cores keep about 14 bits of a sum of FP8 products";
+    passes(with_formats(Format::Fp8, DType::F32), &hopper, rounded);
+    let bytes = "bulk copies need rows that are multiples of 16 bytes";
+    let size = [100, 1004, 4096];
+    passes(MatmulProblem { size, ..product() }, &hopper, bytes);
+    let aligned = false;
+    passes(
+        MatmulProblem {
+            aligned,
+            ..product()
+        },
+        &hopper,
+        bytes,
+    );
+    let within = "scales of X change within a step of 128";
+    passes(with_granularity([Group(64), Block]), &hopper, within);
+    passes(with_granularity([Column, Row]), &hopper, within);
+    let across = "scales of W change from column to column of a step";
+    passes(with_granularity([Row, Group(128)]), &hopper, across);
 }

@@ -5,6 +5,7 @@ pub mod device;
 mod error;
 mod host_list;
 mod linear;
+mod matmul;
 pub mod plan;
 mod router;
 mod sla;
@@ -20,7 +21,7 @@ pub use cubecl::client::Client;
 pub use cubesla_kernels::attention::{LowBitFormats, LowBitScores, LowBitValues};
 pub use cubesla_kernels::linear::{FeatureMap, feature_rows};
 pub use cubesla_kernels::matmul::{
-    activation_granularity, dynamic_matmul, expect_dynamic, expect_weights, quantized_matmul,
+    LowBitForm, MatmulProblem, activation_granularity, expect_dynamic, expect_weights,
     quantized_matmul_backward, weight_only_matmul,
 };
 pub use cubesla_kernels::quantize::{
@@ -39,6 +40,7 @@ pub use cubesla_kernels::{
 pub use error::Error;
 pub use host_list::{Bsr, FlexBlocks, HostBlockList, IndexNumber};
 pub use linear::linear_attention;
+pub use matmul::{dynamic_matmul, quantized_matmul};
 pub use router::{RouterOptions, Routing, route};
 pub use sla::{
     Blocks, Sla2Gradients, SlaBackwardOptions, SlaGradients, SlaOptions, SlaResult, sla_backward,

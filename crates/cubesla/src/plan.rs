@@ -4,6 +4,10 @@
 //! has the same answer, which can be printed, and needs no device to be asked. Engines are tried
 //! from the fastest to the most portable; a plan keeps why the faster ones were passed over.
 
+mod matmul;
+
+pub use matmul::{MatmulEngine, MatmulPlan};
+
 use std::fmt;
 
 use cubecl::client::Client;

@@ -19,7 +19,10 @@
 mod decoded;
 mod integer;
 mod mma;
+mod problem;
 mod rows;
+
+pub use problem::{LowBitForm, MatmulProblem};
 
 use cubecl::prelude::*;
 
@@ -27,7 +30,6 @@ use crate::limits::{expect_buffer, expect_dtype};
 use crate::problem::{expect_f32, expect_shape};
 use crate::quantize::{
     Format, Granularity, QuantizedTensor, dequantize, expect_format, flattened, matrix_shape,
-    quantize,
 };
 use crate::{DType, DeviceTensor, ProblemError};
 
@@ -109,18 +111,12 @@ pub fn quantized_matmul<const R: usize>(
     bias: Option<&DeviceTensor<1>>,
     dtype: DType,
 ) -> Result<DeviceTensor<R>, ProblemError> {
-    let integers = x.format() == Format::Int8
-        && w.format() == Format::Int8
-        && x.zeros().is_none()
-        && w.zeros().is_none()
-        && x.granularity() != Granularity::Column;
-    if !integers {
+    if !sums_integers(x, w) {
         let decoded = dequantize(client, x, DType::F32)?;
         return weight_only_matmul(client, &decoded, w, bias, dtype);
     }
+    let out = quantized_out(client, x, w, bias, dtype)?;
     let [rows, columns] = x.matrix();
-    expect_shape("w", w.shape(), [w.shape()[0], columns])?;
-    let out = empty_out(client, x.shape(), w, bias, dtype)?;
     let product = Product {
         w,
         bias,
@@ -130,6 +126,40 @@ pub fn quantized_matmul<const R: usize>(
     };
     integer::launch(client, x, product)?;
     Ok(out)
+}
+
+/// Whether products of `x` and `w` are summed in integers.
+fn sums_integers<const R: usize>(x: &QuantizedTensor<R>, w: &QuantizedTensor<2>) -> bool {
+    x.format() == Format::Int8
+        && w.format() == Format::Int8
+        && x.zeros().is_none()
+        && w.zeros().is_none()
+        && x.granularity() != Granularity::Column
+}
+
+/// The result of [`quantized_matmul`], not computed yet: for engines that compute it themselves, after
+/// everything that it refuses.
+///
+/// # Errors
+/// As for [`quantized_matmul`].
+pub fn quantized_out<const R: usize>(
+    client: &Client,
+    x: &QuantizedTensor<R>,
+    w: &QuantizedTensor<2>,
+    bias: Option<&DeviceTensor<1>>,
+    dtype: DType,
+) -> Result<DeviceTensor<R>, ProblemError> {
+    let matrix = x.matrix();
+    expect_shape("w", w.shape(), [w.shape()[0], matrix[1]])?;
+    if sums_integers(x, w) && w.granularity() != Granularity::Column {
+        let reach = |granularity: Granularity, matrix| granularity.region(matrix)[1];
+        integer::step(
+            reach(x.granularity(), matrix),
+            reach(w.granularity(), w.matrix()),
+            matrix[1],
+        )?;
+    }
+    empty_out(client, x.shape(), w, bias, dtype)
 }
 
 /// `X W^T + b` of activations `x [.., K]` and low-bit weights `w [N, K]`: `[.., N]`, contiguous, in
@@ -168,24 +198,8 @@ pub fn weight_only_matmul<const R: usize>(
     Ok(out)
 }
 
-/// [`quantized_matmul`] of activations that are quantized first, to the format of `w`: with a scale a
-/// row, or a scale for each 128 of a row where `w` has scales of blocks.
-///
-/// # Errors
-/// As for [`quantized_matmul`]; and weights of blocks with a K that 128 does not divide.
-pub fn dynamic_matmul<const R: usize>(
-    client: &Client,
-    x: &DeviceTensor<R>,
-    w: &QuantizedTensor<2>,
-    bias: Option<&DeviceTensor<1>>,
-    dtype: DType,
-) -> Result<DeviceTensor<R>, ProblemError> {
-    let granularity = activation_granularity(w.granularity());
-    let x = quantize(client, x, w.format(), granularity, false)?;
-    quantized_matmul(client, &x, w, bias, dtype)
-}
-
-/// How [`dynamic_matmul`] shares the scales of activations, for weights that share theirs like this.
+/// How activations that are quantized in the call share their scales, for weights that share theirs
+/// like this.
 pub fn activation_granularity(weights: Granularity) -> Granularity {
     match weights {
         Granularity::Block => Granularity::Group(128),
@@ -193,11 +207,11 @@ pub fn activation_granularity(weights: Granularity) -> Granularity {
     }
 }
 
-/// An error unless [`dynamic_matmul`] takes activations of `[rows, K]` with such weights: what it
-/// refuses whatever the device, for callers that launch later.
+/// An error unless activations of `[rows, K]` can be quantized like this and multiplied with such
+/// weights: what is refused whatever the device, for callers that launch later.
 ///
 /// # Errors
-/// As for [`dynamic_matmul`].
+/// As for [`quantized_matmul`]; and weights of blocks with a K that 128 does not divide.
 pub fn expect_dynamic(
     x: [usize; 2],
     format: Format,

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::codes::code;
 use super::{
     Format, Granularity, QuantizedTensor, Regions, expect_format, flattened, matrix_shape, number,
-    regions, scales,
+    regions, rows, scales,
 };
 use crate::limits::{expect_buffer, expect_dtype, line_grid};
 use crate::{DType, DeviceTensor, ProblemError};
@@ -33,6 +33,13 @@ pub fn quantize<const R: usize>(
     let pitch = format.words_per_row(matrix[1]);
     let words = matrix[0] * pitch;
     expect_buffer(device, "x, quantized", words * 4)?;
+    if rows::fits(&view, format, granularity, zero_point) {
+        let handle = client.empty(words * 4);
+        // SAFETY: the buffer was made with this many words.
+        let buffer = unsafe { BufferArg::from_raw_parts(handle.clone(), words) };
+        let scales = rows::launch(client, &view, buffer, format)?;
+        return QuantizedTensor::new(handle, scales, None, x.shape(), format, granularity);
+    }
     let grid = line_grid(device, "words", words.div_ceil(UNITS))?;
     let (scales, zeros) = scales::scales(client, &view, format, granularity, zero_point)?;
     let handle = client.empty(words * 4);

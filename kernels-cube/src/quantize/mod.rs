@@ -14,6 +14,7 @@
 mod codes;
 #[allow(missing_docs, reason = "`CubeLaunch` derives a struct of its own")]
 mod convert;
+mod rows;
 mod scales;
 
 pub(crate) use codes::{code, is_infinite, is_nan, magnitude, number};

@@ -66,3 +66,25 @@ pub(crate) fn store_chunk(to: u32, words: Vector<u32, Const<4>>) {
     let (to, words) = (value::<u32>(to), value::<Vector<u32, Const<4>>>(words));
     gpu_asm!("st.shared.v4.b32 [{to}], {words};", to = in(_) to, words = in(_) words);
 }
+
+/// Stores 8 bytes to shared memory.
+#[cube]
+pub(crate) fn store_pair(to: u32, low: f32, high: f32) {
+    let (to, low, high) = (value::<u32>(to), value::<f32>(low), value::<f32>(high));
+    gpu_asm!(
+        "st.shared.v2.f32 [{to}], {{{low}, {high}}};",
+        to = in(_) to, low = in(_) low, high = in(_) high
+    );
+}
+
+/// `x y`, rounded before anything is added to it.
+#[cube]
+pub(crate) fn rounded_product(x: f32, y: f32) -> f32 {
+    let (x, y) = (value::<f32>(x), value::<f32>(y));
+    let z: f32;
+    gpu_asm!(
+        "mul.rn.f32 {z}, {x}, {y};",
+        z = out(_) z, x = in(_) x, y = in(_) y, options(pure, nomem)
+    );
+    z
+}

@@ -8,8 +8,10 @@
 
 pub(crate) mod backward;
 pub(crate) mod barrier;
+pub(crate) mod cluster;
 pub(crate) mod linear;
 pub(crate) mod math;
+pub(crate) mod matmul;
 pub(crate) mod tma;
 pub(crate) mod wgmma;
 

@@ -23,6 +23,31 @@ pub(crate) fn load(to: u32, map: u64, barrier: u32, column: u32, row: u32, head:
     );
 }
 
+/// Begins to load the box to where `to` is in both cubes of a cluster of two, and to count its bytes
+/// towards the phase of each one's `barrier`.
+#[cube]
+pub(crate) fn load_to_both(
+    to: u32,
+    map: u64,
+    barrier: u32,
+    column: u32,
+    row: u32,
+    head: u32,
+    batch: u32,
+) {
+    let (to, map, barrier) = (value::<u32>(to), value::<u64>(map), value::<u32>(barrier));
+    let (column, row) = (value::<u32>(column), value::<u32>(row));
+    let (head, batch) = (value::<u32>(head), value::<u32>(batch));
+    gpu_asm!(
+        "{{ .reg .b16 both; mov.b16 both, 3; \
+         cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes\
+         .multicast::cluster \
+         [{to}], [{map}, {{{column}, {row}, {head}, {batch}}}], [{barrier}], both; }}",
+        to = in(_) to, map = in(_) map, column = in(_) column, row = in(_) row,
+        head = in(_) head, batch = in(_) batch, barrier = in(_) barrier
+    );
+}
+
 /// Begins to store the box at shared address `from` to `(column, row, head, batch)`.
 #[cube]
 pub(crate) fn store(from: u32, map: u64, column: u32, row: u32, head: u32, batch: u32) {
