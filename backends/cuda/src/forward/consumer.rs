@@ -145,7 +145,7 @@ fn begin_accumulate(memory: Memory, place: &Place, #[comptime] config: ForwardCo
 
 /// Hands a stage back to the producer, once for the warpgroup.
 #[cube]
-fn release(empty: u32) {
+pub(crate) fn release(empty: u32) {
     if UNIT_POS % 128 == 0 {
         barrier::arrive(empty);
     }

@@ -9,6 +9,7 @@
 pub(crate) mod backward;
 pub(crate) mod barrier;
 pub(crate) mod linear;
+pub(crate) mod low_bit;
 pub(crate) mod math;
 pub(crate) mod tma;
 pub(crate) mod wgmma;
