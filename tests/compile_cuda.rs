@@ -7,10 +7,10 @@
 use std::process::ExitCode;
 
 use cubesla::{
-    AttentionOptions, Causal, Client, Critical, DType, FeatureMap, Format, Granularity, InverseBlockList,
-    LinearMode, Precision, RouterOptions, TopKOrder, dynamic_matmul, fake_quantize,
-    linear_attention, low_bit_attention, quantize, quantized_matmul_backward, route, select_blocks,
-    soft_top_k, soft_top_k_backward, top_k, upload, weight_only_matmul,
+    AttentionOptions, Causal, Client, Critical, DType, FeatureMap, Format, Granularity,
+    InverseBlockList, LinearMode, Precision, RouterOptions, TopKOrder, dynamic_matmul,
+    fake_quantize, linear_attention, low_bit_attention, quantize, quantized_matmul_backward, route,
+    select_blocks, soft_top_k, soft_top_k_backward, top_k, upload, weight_only_matmul,
 };
 use harness::low_bit::FORMATS;
 use harness::sla::Combine;

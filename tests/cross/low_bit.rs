@@ -96,7 +96,10 @@ fn check(case: &AttentionCase) {
             && !fp8_scores
         {
             let error = relative_error(&wide(&fast.lse), &wide(&portable.lse));
-            assert!(error <= 2e-6, "lse of two engines {error:.2e}, {formats:?} in {case:?}");
+            assert!(
+                error <= 2e-6,
+                "lse of two engines {error:.2e}, {formats:?} in {case:?}"
+            );
         }
     }
 }

@@ -251,22 +251,16 @@ impl SlaPlan {
         projects: bool,
         precision: Precision,
     ) -> Self {
-        let (engine, passed_over) = match precision {
-            #[cfg(feature = "cuda")]
-            Precision::Full => {
-                match cubesla_cuda::sla::WgmmaSlaPlan::new(problem, device, projects) {
-                    Ok(plan) => (SlaEngine::Wgmma(plan), Vec::new()),
-                    Err(reason) => (SlaEngine::Tile, vec![("wgmma", reason)]),
-                }
+        #[cfg(feature = "cuda")]
+        let (engine, passed_over) = {
+            let formats = precision.formats();
+            match cubesla_cuda::sla::WgmmaSlaPlan::new(problem, device, projects, formats) {
+                Ok(plan) => (SlaEngine::Wgmma(plan), Vec::new()),
+                Err(reason) => (SlaEngine::Tile, vec![("wgmma", reason)]),
             }
-            #[cfg(feature = "cuda")]
-            _ => {
-                let reason = "only the portable engine has low-bit products";
-                (SlaEngine::Tile, vec![("wgmma", reason)])
-            }
-            #[cfg(not(feature = "cuda"))]
-            _ => (SlaEngine::Tile, Vec::new()),
         };
+        #[cfg(not(feature = "cuda"))]
+        let (engine, passed_over) = (SlaEngine::Tile, Vec::new());
         Self {
             engine,
             precision,

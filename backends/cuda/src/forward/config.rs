@@ -116,10 +116,8 @@ impl Memory {
             Shared::<[u32]>::new_aligned_slice(comptime!(tile.query_bytes() / 4), 1024usize);
         let keys =
             Shared::<[u32]>::new_aligned_slice(comptime!(stages * tile.key_bytes() / 4), 1024usize);
-        let values = Shared::<[u32]>::new_aligned_slice(
-            comptime!(stages * value_bytes / 4),
-            1024usize,
-        );
+        let values =
+            Shared::<[u32]>::new_aligned_slice(comptime!(stages * value_bytes / 4), 1024usize);
         let staging = Shared::<[u32]>::new_aligned_slice(
             comptime!(tile.consumers * tile.out_bytes() / 4),
             1024usize,

@@ -160,7 +160,11 @@ fn scan_chunk<F: Float, N: Size>(
 
 #[cube]
 fn combined(a: f32, b: f32, #[comptime] magnitudes: bool) -> f32 {
-    if comptime!(magnitudes) { max(a, b) } else { a + b }
+    if comptime!(magnitudes) {
+        max(a, b)
+    } else {
+        a + b
+    }
 }
 
 /// Columns of a cube that finishes: few, so that many units share a column's chunks.

@@ -40,7 +40,9 @@ pub(super) fn consume<F: Float>(
         let mut rows = RowPair::new(item.first_query);
         consumer.attend(&mut rows, list, scales, item, factors, memory, scalars);
         let at = index / list.query_blocks;
-        store(out, lse, scales, memory, item, at, &rows, factors, scalars, config);
+        store(
+            out, lse, scales, memory, item, at, &rows, factors, scalars, config,
+        );
         index += CUBE_COUNT_X;
     }
 }

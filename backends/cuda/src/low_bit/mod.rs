@@ -103,8 +103,7 @@ pub fn launch_low_bit_wgmma(
     let tile = config.forward.tile;
     let format = plan.formats.scores.format();
     let columns = Columns::new(client, problem, k, v, config.fp8);
-    let (queries, shift) =
-        quantize_queries(client, q, &columns.mean, problem.block_q(), format);
+    let (queries, shift) = quantize_queries(client, q, &columns.mean, problem.block_q(), format);
     let keys = quantize_keys(client, k, &columns.mean, problem.block_k(), format);
     let transposed = config.fp8.then(|| transpose_values(client, v, &columns));
     let word = ElemType::UInt(UIntKind::U32);

@@ -122,7 +122,8 @@ fn quantize_rows_kernel<F: Float, N: Size, W: Size>(
     let mut products = Shared::<[f32]>::new_slice(comptime!(if config.keys {
         1
     } else {
-        config.block * per_row
+        // One of padding a row, so that rows lie in different banks.
+        config.block * (per_row + 1)
     }));
     let mut values = Array::<f32>::new(comptime!(count * LOAD));
     let mut largest = 0u32.runtime();
@@ -148,7 +149,7 @@ fn quantize_rows_kernel<F: Float, N: Size, W: Size>(
         }
         if comptime!(!config.keys) {
             if at < comptime!(config.block * per_row) {
-                products[at] = product;
+                products[at / per_row * comptime!(per_row + 1) + at % per_row] = product;
             }
         }
     }
@@ -163,7 +164,7 @@ fn quantize_rows_kernel<F: Float, N: Size, W: Size>(
             let mut sum = 0.0f32;
             #[unroll]
             for i in 0..per_row {
-                sum += products[unit * per_row + i];
+                sum += products[unit * comptime!(per_row + 1) + i];
             }
             shift[head * len + first + unit] = sum;
         }

@@ -254,7 +254,10 @@ mod tests {
             let scores = [0, 1, 4, 5].map(|i| 8 * (i / 4) + 2 * lane + i % 2);
             let slots = [0, 1, 2, 3].map(|byte| 4 * lane + byte);
             assert_eq!(slots.map(key_of_slot), scores);
-            assert_eq!(slots.map(|slot| key_of_slot(slot + 16)), scores.map(|k| k + 16));
+            assert_eq!(
+                slots.map(|slot| key_of_slot(slot + 16)),
+                scores.map(|k| k + 16)
+            );
         }
     }
 }

@@ -98,7 +98,8 @@ fn row(measured: &Measured, hopper: bool) -> [String; 10] {
     let seconds = 1e-3 * timing.median;
     let rate = |flops: f64| significant(flops / seconds / 1e12);
     let judged = cost.dtype != DType::F32 || cost.flops == 0.0;
-    let floor = (hopper && judged).then(|| floor_ms(cost.flops - cost.low_bit_flops / 2.0, cost.bytes));
+    let floor =
+        (hopper && judged).then(|| floor_ms(cost.flops - cost.low_bit_flops / 2.0, cost.bytes));
     let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
     [
         format!("{:.1e}", measured.check.error),

@@ -62,7 +62,10 @@ fn mean_of_chunks(chunks: &[f32], mean: &mut [f32], len: u32, dim: u32) {
         let start = CUBE_POS_X * count * dim + column;
         let mut sum = 0.0f32;
         for chunk in 0..count {
-            let rows = min(len - chunk * comptime!(CHUNK as u32), comptime!(CHUNK as u32));
+            let rows = min(
+                len - chunk * comptime!(CHUNK as u32),
+                comptime!(CHUNK as u32),
+            );
             sum += chunks[(start + chunk * dim) as usize] * f32::cast_from(rows);
         }
         mean[(CUBE_POS_X * dim + column) as usize] = sum / f32::cast_from(len);
