@@ -12,7 +12,7 @@ use crate::forward::config::{Memory, Place};
 use crate::forward::consumer::release;
 use crate::forward::kernel::{ForwardScalars, Item};
 use crate::forward::softmax::RowPair;
-use crate::ptx::{barrier, low_bit, wgmma};
+use crate::ptx::{barrier, low_bit, value, wgmma};
 
 /// The loop over items: `S_t = Q K_t^T` and the product of the tile before with its values are in
 /// flight together, and the softmax of the one runs beside the other.
@@ -131,52 +131,75 @@ impl Consumer {
             barrier::wait(memory.key_full(self.keys.stage), self.keys.parity);
             wgmma::fence();
             begin_scores(memory, &self.keys, config);
+            let next = item.walk.tile(list, min(1, item.tiles - 1));
+            let mut next_first = next.first;
+            let mut next_end = next.end;
+            let mut next_factor = factors.of(scales, next);
             wgmma::wait(0u32);
             release(memory.key_empty(self.keys.stage));
             self.keys.advance();
             let weights = softmax(rows, keys, factor, scalars, config);
             write_weights(&weights, config);
+            // Corrections that belong to the product in registers `par`: zeros to begin with.
+            let mut upper = f32::new(0.0);
+            let mut lower = f32::new(0.0);
+            if config.fp8 {
+                low_bit::clear_product(products);
+            }
 
             for t in 1..item.tiles {
-                let keys = item.walk.tile(list, t);
-                let factor = factors.of(scales, keys);
+                let keys = KeyTile {
+                    first: value::<u32>(next_first),
+                    end: value::<u32>(next_end),
+                };
+                let factor = value::<f32>(next_factor);
                 barrier::wait(memory.key_full(self.keys.stage), self.keys.parity);
                 wgmma::fence();
                 begin_scores(memory, &self.keys, config);
+                if config.fp8 {
+                    // Beside the product that was begun, as is the look ahead below.
+                    low_bit::promote(upper, lower, products);
+                    upper = value::<f32>(rows.upper.correction);
+                    lower = value::<f32>(rows.lower.correction);
+                }
                 barrier::wait(memory.value_full(self.values.stage), self.values.parity);
                 wgmma::fence();
                 begin_values(memory, &self.values, config);
+                let next = item.walk.tile(list, min(t + 1, item.tiles - 1));
+                next_first = next.first;
+                next_end = next.end;
+                next_factor = factors.of(scales, next);
                 wgmma::wait(1u32);
                 release(memory.key_empty(self.keys.stage));
                 self.keys.advance();
 
-                // The product in flight is relative to the maximum before this tile's.
-                let upper = rows.upper.correction;
-                let lower = rows.lower.correction;
                 let weights = softmax(rows, keys, factor, scalars, config);
                 wgmma::compute_before(rows.upper.sum + rows.lower.sum);
                 wgmma::wait(0u32);
                 release(memory.value_empty(self.values.stage));
                 self.values.advance();
-                if comptime!(config.fp8) {
-                    low_bit::promote(upper, lower, products);
-                } else if plane_any(rows.upper.correction != 1.0 || rows.lower.correction != 1.0) {
-                    low_bit::scale_accumulator(
-                        rows.upper.correction,
-                        rows.lower.correction,
-                        products,
-                    );
+                if comptime!(!config.fp8) {
+                    if plane_any(rows.upper.correction != 1.0 || rows.lower.correction != 1.0) {
+                        low_bit::scale_accumulator(
+                            rows.upper.correction,
+                            rows.lower.correction,
+                            products,
+                        );
+                    }
                 }
                 write_weights(&weights, config);
             }
 
+            if config.fp8 {
+                low_bit::promote(upper, lower, products);
+            }
             barrier::wait(memory.value_full(self.values.stage), self.values.parity);
             wgmma::fence();
             begin_values(memory, &self.values, config);
             wgmma::wait(0u32);
             release(memory.value_empty(self.values.stage));
             self.values.advance();
-            if comptime!(config.fp8) {
+            if config.fp8 {
                 low_bit::promote(rows.upper.correction, rows.lower.correction, products);
             }
         }

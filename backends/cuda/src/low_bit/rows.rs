@@ -5,7 +5,7 @@ use cubesla_kernels::quantize::{Format, finite_magnitude, scale_of};
 use cubesla_kernels::{DType, DeviceTensor};
 
 use super::LOAD;
-use crate::ptx::low_bit::{clamp_magnitude, pack_bytes, pack_e4m3};
+use crate::ptx::low_bit::{clamp_magnitude, max_magnitude, pack_bytes, pack_e4m3};
 
 /// Units of a cube.
 const UNITS: usize = 256;
@@ -126,7 +126,7 @@ fn quantize_rows_kernel<F: Float, N: Size, W: Size>(
         config.block * (per_row + 1)
     }));
     let mut values = Array::<f32>::new(comptime!(count * LOAD));
-    let mut largest = 0u32.runtime();
+    let mut largest = 0.0f32.runtime();
     #[unroll]
     for i in 0..count {
         // Past the end the last row is read again: it changes no maximum.
@@ -144,7 +144,7 @@ fn quantize_rows_kernel<F: Float, N: Size, W: Size>(
             } else {
                 product = fma(value, mean, product);
             }
-            largest = max(largest, finite_magnitude(value));
+            largest = max_magnitude(largest, value);
             values[comptime!(i * LOAD + e)] = value;
         }
         if comptime!(!config.keys) {
@@ -153,7 +153,22 @@ fn quantize_rows_kernel<F: Float, N: Size, W: Size>(
             }
         }
     }
-    let largest = cube_max(largest);
+    let mut largest = cube_max(u32::reinterpret(largest));
+    if largest >= 0x7F80_0000 {
+        // Infinities saturate at the largest of the others.
+        let mut finite = 0u32.runtime();
+        #[unroll]
+        for i in 0..comptime!(count * LOAD) {
+            finite = max(finite, finite_magnitude(values[i]));
+        }
+        sync_cube();
+        largest = cube_max(finite);
+        let bound = Divisor::new(scale_of(largest, config.format), config.format).bound();
+        #[unroll]
+        for i in 0..comptime!(count * LOAD) {
+            values[i] = clamp_magnitude(values[i], bound);
+        }
+    }
     let scale = scale_of(largest, config.format);
     if unit == 0 {
         scales[head * CUBE_COUNT_X as usize + CUBE_POS_X as usize] = scale;
@@ -184,7 +199,6 @@ fn quantize_rows_kernel<F: Float, N: Size, W: Size>(
                 values[comptime!(start + 1)],
                 values[comptime!(start + 2)],
                 values[comptime!(start + 3)],
-                config.format,
             );
             packed.insert(word, four);
         }
@@ -216,10 +230,10 @@ fn cube_max(x: u32) -> u32 {
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(super) struct Divisor {
-    pub scale: f32,
-    pub inverse: f32,
-    /// What infinities are taken for.
-    pub bound: f32,
+    scale: f32,
+    inverse: f32,
+    #[cube(comptime)]
+    format: Format,
 }
 
 #[cube]
@@ -232,23 +246,27 @@ impl Divisor {
         Divisor {
             scale,
             inverse,
-            bound: min(scale * comptime!(format.top()), f32::max_value()),
+            format,
         }
     }
 
-    /// `x / scale`, rounded once: the quotient by the rounded reciprocal, corrected by its exact
-    /// remainder.
+    /// The largest number that has a code, which infinities are taken for.
+    pub fn bound(&self) -> f32 {
+        min(self.scale * comptime!(self.format.top()), f32::max_value())
+    }
+
+    /// `x / scale` of a finite `x`, rounded once: the quotient by the rounded reciprocal, corrected by
+    /// its exact remainder.
     pub fn quotient(&self, x: f32) -> f32 {
-        let x = clamp_magnitude(x, self.bound);
         let quotient = x * self.inverse;
         fma(fma(-quotient, self.scale, x), self.inverse, quotient)
     }
 
     /// The codes of four numbers, the first in the lowest byte.
-    fn word(&self, a: f32, b: f32, c: f32, d: f32, #[comptime] format: Format) -> u32 {
+    fn word(&self, a: f32, b: f32, c: f32, d: f32) -> u32 {
         let (a, b) = (self.quotient(a), self.quotient(b));
         let (c, d) = (self.quotient(c), self.quotient(d));
-        if comptime!(format == Format::Fp8) {
+        if comptime!(self.format == Format::Fp8) {
             pack_e4m3(a, b, c, d)
         } else {
             let word = pack_bytes(rounded(a), rounded(b), rounded(c), rounded(d));

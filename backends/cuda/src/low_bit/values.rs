@@ -7,7 +7,7 @@ use cubesla_kernels::{DType, DeviceTensor};
 use super::LOAD;
 use super::columns::Columns;
 use super::rows::Divisor;
-use crate::ptx::low_bit::pack_e4m3;
+use crate::ptx::low_bit::{clamp_magnitude, pack_e4m3};
 
 /// Units of a cube.
 const UNITS: usize = 256;
@@ -89,12 +89,14 @@ fn transpose_values_kernel<F: Float, N: Size>(
                 let scale = head * dim + column + e;
                 let divisor = Divisor::with_inverse(scales[scale], inverses[scale], Format::Fp8);
                 let to = (head * dim + column + e) * per_row as usize + (first / 4 + word) as usize;
-                words[to] = pack_e4m3(
-                    divisor.quotient(values[e]),
-                    divisor.quotient(values[comptime!(LOAD + e)]),
-                    divisor.quotient(values[comptime!(2 * LOAD + e)]),
-                    divisor.quotient(values[comptime!(3 * LOAD + e)]),
-                );
+                let bound = divisor.bound();
+                let mut four = Array::<f32>::new(4usize);
+                #[unroll]
+                for i in 0..4usize {
+                    let value = clamp_magnitude(values[comptime!(i * LOAD + e)], bound);
+                    four[i] = divisor.quotient(value);
+                }
+                words[to] = pack_e4m3(four[0], four[1], four[2], four[3]);
             }
         }
     }

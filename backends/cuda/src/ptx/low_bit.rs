@@ -172,6 +172,12 @@ pub(crate) fn clear_accumulator(#[comptime] p: LowBitProducts) {
     clear("acc", comptime!(p.value_dim / 2));
 }
 
+/// Sets `par` to zero.
+#[cube]
+pub(crate) fn clear_product(#[comptime] p: LowBitProducts) {
+    clear("par", comptime!(p.value_dim / 2));
+}
+
 /// Eight neighbouring registers of `sco`, of a finished product, as f32: keys
 /// `16 group..16 group + 16`.
 #[cube]
@@ -226,6 +232,19 @@ pub(crate) fn pack_bytes(a: u32, b: u32, c: u32, d: u32) -> u32 {
         options(pure, nomem)
     );
     word
+}
+
+/// The larger of `largest` and the magnitude of `x`; NaN if one of them is NaN.
+#[cube]
+pub(crate) fn max_magnitude(largest: f32, x: f32) -> f32 {
+    let (largest, x) = (value::<f32>(largest), value::<f32>(x));
+    let y: f32;
+    gpu_asm!(
+        "{{ .reg .f32 size; abs.f32 size, {x}; max.NaN.f32 {y}, {largest}, size; }}",
+        y = out(_) y, largest = in(_) largest, x = in(_) x,
+        options(pure, nomem)
+    );
+    y
 }
 
 /// `x` between `-bound` and `bound`; NaN stays NaN.
