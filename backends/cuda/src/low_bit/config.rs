@@ -42,8 +42,9 @@ impl LowBitConfig {
         let p = self.products();
         let weights = if self.fp8 { p.keys / 8 } else { p.keys / 4 };
         let accumulators = p.value_dim / 2 * if self.fp8 { 2 } else { 1 };
-        let named = accumulators + p.keys / 2 + p.head_dim / 8 + 2 * weights;
-        let grown = if named > 180 { 240 } else { 216 };
+        // Scores being used and scores being made, and so with weights.
+        let named = accumulators + p.keys + p.head_dim / 8 + 2 * weights;
+        let grown = if named > 190 { 240 } else { 216 };
         (self.forward.tile.consumers == 2 && named > 140).then_some((24, grown))
     }
 }
