@@ -138,20 +138,23 @@ impl Consumer {
                 let weights = softmax(rows, &mut scores, keys, factor, scalars, config);
                 write_weights(&weights, config);
             } else {
-                self.begin_scores(memory);
+                if comptime!(config.ahead()) {
+                    self.begin_scores(memory);
+                }
                 let weights = softmax(rows, &mut scores, keys, factor, scalars, config);
                 wgmma::compute_before(rows.upper.sum + rows.lower.sum);
-                wgmma::wait(0u32);
-                self.release_keys(memory);
+                self.finish_scores(memory);
                 write_weights(&weights, config);
                 for t in 1..last {
                     let keys = item.walk.tile(list, t);
                     let factor = factors.of(scales, keys);
                     self.begin_values(memory);
                     let mut scores = read_scores(config);
-                    self.begin_scores(memory);
+                    if comptime!(config.ahead()) {
+                        self.begin_scores(memory);
+                    }
                     self.finish_tile(rows, &mut scores, keys, factor, memory, scalars);
-                    self.release_keys(memory);
+                    self.finish_scores(memory);
                 }
                 let keys = item.walk.tile(list, last);
                 let factor = factors.of(scales, keys);
@@ -206,6 +209,15 @@ impl Consumer {
         wgmma::fence();
         low_bit::scores(wgmma::descriptor(at), comptime!(config.products()));
         wgmma::commit();
+    }
+
+    /// Waits for the next scores, which are begun here where they could not be before.
+    fn finish_scores(&mut self, memory: Memory) {
+        if comptime!(!self.config.ahead()) {
+            self.begin_scores(memory);
+        }
+        wgmma::wait(0u32);
+        self.release_keys(memory);
     }
 
     /// Begins `P V`, or `O += P V` in 16 bits, with the next values.
