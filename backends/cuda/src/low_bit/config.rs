@@ -36,24 +36,14 @@ impl LowBitConfig {
         }
     }
 
-    /// Registers of a unit that have names or hold scores, with the scores of the next tile.
-    fn held(&self) -> usize {
-        let p = self.products();
-        let weights = if self.fp8 { p.keys / 8 } else { p.keys / 4 };
-        let accumulators = p.value_dim / 2 * if self.fp8 { 2 } else { 1 };
-        accumulators + p.keys + p.head_dim / 8 + 2 * weights
-    }
-
     /// As for 16-bit attention: registers that a unit of the producer's warpgroup keeps and that a
     /// consumer unit takes. FP8 values need a second accumulator, and then a kernel of 168 registers.
     pub fn registers(&self) -> Option<(u32, u32)> {
-        let grown = if self.held() > 190 { 240 } else { 216 };
-        (self.forward.tile.consumers == 2 && self.held() > 170).then_some((24, grown))
-    }
-
-    /// Whether the next tile's scores are begun before a softmax. Not where two warpgroups would need a
-    /// few registers more than their share: ptxas ignores an exchange of so few.
-    pub fn ahead(&self) -> bool {
-        self.forward.tile.consumers == 1 || !(141..=170).contains(&self.held())
+        let p = self.products();
+        let weights = if self.fp8 { p.keys / 8 } else { p.keys / 4 };
+        let accumulators = p.value_dim / 2 * if self.fp8 { 2 } else { 1 };
+        let named = accumulators + p.keys / 2 + p.head_dim / 8 + 2 * weights;
+        let grown = if named > 180 { 240 } else { 216 };
+        (self.forward.tile.consumers == 2 && named > 140).then_some((24, grown))
     }
 }

@@ -7,16 +7,15 @@ use cubesla_kernels::block_list::{BlockListView, KeyTile};
 use super::config::LowBitConfig;
 use super::epilogue::store;
 use super::kernel::Scales;
-use super::softmax::{read_scores, softmax, write_weights};
+use super::softmax::{softmax, write_weights};
 use crate::forward::config::{Memory, Place};
 use crate::forward::consumer::release;
 use crate::forward::kernel::{ForwardScalars, Item};
 use crate::forward::softmax::RowPair;
 use crate::ptx::{barrier, low_bit, value, wgmma};
 
-/// The loop over items. Beside the softmax of a tile, the scores of the next one and the product of the
-/// one before with its values are in flight: 8-bit products are short, and waiting for them would
-/// cost more than they do.
+/// The loop over items: `S_t = Q K_t^T` and the product of the tile before with its values are in
+/// flight together, and the softmax of the one runs beside the other.
 #[cube]
 pub(super) fn consume<F: Float>(
     out: &TensorMap<F, Tiled>,
@@ -129,124 +128,103 @@ impl Consumer {
         if item.tiles > 0 {
             let keys = item.walk.tile(list, 0);
             let factor = factors.of(scales, keys);
-            self.begin_scores(memory);
+            barrier::wait(memory.key_full(self.keys.stage), self.keys.parity);
+            wgmma::fence();
+            begin_scores(memory, &self.keys, config);
+            let next = item.walk.tile(list, min(1, item.tiles - 1));
+            let mut next_first = next.first;
+            let mut next_end = next.end;
+            let mut next_factor = factors.of(scales, next);
             wgmma::wait(0u32);
-            self.release_keys(memory);
-            let mut scores = read_scores(config);
-            let last = item.tiles - 1;
-            if last == 0 {
-                let weights = softmax(rows, &mut scores, keys, factor, scalars, config);
-                write_weights(&weights, config);
-            } else {
-                if comptime!(config.ahead()) {
-                    self.begin_scores(memory);
-                }
-                let weights = softmax(rows, &mut scores, keys, factor, scalars, config);
-                wgmma::compute_before(rows.upper.sum + rows.lower.sum);
-                self.finish_scores(memory);
-                write_weights(&weights, config);
-                for t in 1..last {
-                    let keys = item.walk.tile(list, t);
-                    let factor = factors.of(scales, keys);
-                    self.begin_values(memory);
-                    let mut scores = read_scores(config);
-                    if comptime!(config.ahead()) {
-                        self.begin_scores(memory);
-                    }
-                    self.finish_tile(rows, &mut scores, keys, factor, memory, scalars);
-                    self.finish_scores(memory);
-                }
-                let keys = item.walk.tile(list, last);
-                let factor = factors.of(scales, keys);
-                self.begin_values(memory);
-                let mut scores = read_scores(config);
-                self.finish_tile(rows, &mut scores, keys, factor, memory, scalars);
+            release(memory.key_empty(self.keys.stage));
+            self.keys.advance();
+            let weights = softmax(rows, keys, factor, scalars, config);
+            write_weights(&weights, config);
+            // Corrections that belong to the product in registers `par`: zeros to begin with.
+            let mut upper = f32::new(0.0);
+            let mut lower = f32::new(0.0);
+            if config.fp8 {
+                low_bit::clear_product(products);
             }
 
-            self.begin_values(memory);
+            for t in 1..item.tiles {
+                let keys = KeyTile {
+                    first: value::<u32>(next_first),
+                    end: value::<u32>(next_end),
+                };
+                let factor = value::<f32>(next_factor);
+                barrier::wait(memory.key_full(self.keys.stage), self.keys.parity);
+                wgmma::fence();
+                begin_scores(memory, &self.keys, config);
+                if config.fp8 {
+                    // Beside the product that was begun, as is the look ahead below.
+                    low_bit::promote(upper, lower, products);
+                    upper = value::<f32>(rows.upper.correction);
+                    lower = value::<f32>(rows.lower.correction);
+                }
+                barrier::wait(memory.value_full(self.values.stage), self.values.parity);
+                wgmma::fence();
+                begin_values(memory, &self.values, config);
+                let next = item.walk.tile(list, min(t + 1, item.tiles - 1));
+                next_first = next.first;
+                next_end = next.end;
+                next_factor = factors.of(scales, next);
+                wgmma::wait(1u32);
+                release(memory.key_empty(self.keys.stage));
+                self.keys.advance();
+
+                let weights = softmax(rows, keys, factor, scalars, config);
+                wgmma::compute_before(rows.upper.sum + rows.lower.sum);
+                wgmma::wait(0u32);
+                release(memory.value_empty(self.values.stage));
+                self.values.advance();
+                if comptime!(!config.fp8) {
+                    if plane_any(rows.upper.correction != 1.0 || rows.lower.correction != 1.0) {
+                        low_bit::scale_accumulator(
+                            rows.upper.correction,
+                            rows.lower.correction,
+                            products,
+                        );
+                    }
+                }
+                write_weights(&weights, config);
+            }
+
+            if config.fp8 {
+                low_bit::promote(upper, lower, products);
+            }
+            barrier::wait(memory.value_full(self.values.stage), self.values.parity);
+            wgmma::fence();
+            begin_values(memory, &self.values, config);
             wgmma::wait(0u32);
-            self.release_values(memory);
+            release(memory.value_empty(self.values.stage));
+            self.values.advance();
             if config.fp8 {
                 low_bit::promote(rows.upper.correction, rows.lower.correction, products);
             }
         }
     }
+}
 
-    /// Turns a tile's scores into the next weights, beside the products in flight, which are finished
-    /// when it returns.
-    fn finish_tile(
-        &mut self,
-        rows: &mut RowPair,
-        scores: &mut Array<f32>,
-        keys: KeyTile,
-        factor: f32,
-        memory: Memory,
-        scalars: ForwardScalars,
-    ) {
-        let config = comptime!(self.config);
-        let products = comptime!(config.products());
-        // The product with values is relative to the maximum before this tile's.
-        let upper = value::<f32>(rows.upper.correction);
-        let lower = value::<f32>(rows.lower.correction);
-        let weights = softmax(rows, scores, keys, factor, scalars, config);
-        wgmma::compute_before(rows.upper.sum + rows.lower.sum);
-        wgmma::wait(0u32);
-        self.release_values(memory);
-        if comptime!(config.fp8) {
-            low_bit::promote(upper, lower, products);
-        } else if plane_any(rows.upper.correction != 1.0 || rows.lower.correction != 1.0) {
-            low_bit::scale_accumulator(rows.upper.correction, rows.lower.correction, products);
-        }
-        write_weights(&weights, config);
-    }
+/// Begins `S = Q K^T` with the keys at `place`.
+#[cube]
+fn begin_scores(memory: Memory, place: &Place, #[comptime] config: LowBitConfig) {
+    let at = memory.keys + place.stage * comptime!(config.forward.tile.key_bytes() as u32);
+    low_bit::scores(wgmma::descriptor(at), comptime!(config.products()));
+    wgmma::commit();
+}
 
-    /// Begins `S = Q K^T` with the next keys.
-    fn begin_scores(&self, memory: Memory) {
-        let config = comptime!(self.config);
-        barrier::wait(memory.key_full(self.keys.stage), self.keys.parity);
-        let key_bytes = comptime!(config.forward.tile.key_bytes() as u32);
-        let at = memory.keys + self.keys.stage * key_bytes;
-        wgmma::fence();
-        low_bit::scores(wgmma::descriptor(at), comptime!(config.products()));
-        wgmma::commit();
+/// Begins `P V`, or `O += P V` in 16 bits, with the values at `place`.
+#[cube]
+fn begin_values(memory: Memory, place: &Place, #[comptime] config: LowBitConfig) {
+    let keys = comptime!(config.forward.tile.keys);
+    let at = memory.values + place.stage * comptime!(config.value_bytes() as u32);
+    if comptime!(config.fp8) {
+        let values = low_bit::descriptor_values(at, keys);
+        low_bit::multiply_values(values, comptime!(config.products()));
+    } else {
+        let values = wgmma::descriptor_transposed(at, keys);
+        low_bit::accumulate(values, comptime!(config.products()));
     }
-
-    /// Waits for the next scores, which are begun here where they could not be before.
-    fn finish_scores(&mut self, memory: Memory) {
-        if comptime!(!self.config.ahead()) {
-            self.begin_scores(memory);
-        }
-        wgmma::wait(0u32);
-        self.release_keys(memory);
-    }
-
-    /// Begins `P V`, or `O += P V` in 16 bits, with the next values.
-    fn begin_values(&self, memory: Memory) {
-        let config = comptime!(self.config);
-        let keys = comptime!(config.forward.tile.keys);
-        barrier::wait(memory.value_full(self.values.stage), self.values.parity);
-        let value_bytes = comptime!(config.value_bytes() as u32);
-        let at = memory.values + self.values.stage * value_bytes;
-        wgmma::fence();
-        if comptime!(config.fp8) {
-            let values = low_bit::descriptor_values(at, keys);
-            low_bit::multiply_values(values, comptime!(config.products()));
-        } else {
-            let values = wgmma::descriptor_transposed(at, keys);
-            low_bit::accumulate(values, comptime!(config.products()));
-        }
-        wgmma::commit();
-    }
-
-    /// Hands the keys that were multiplied back to the producer.
-    fn release_keys(&mut self, memory: Memory) {
-        release(memory.key_empty(self.keys.stage));
-        self.keys.advance();
-    }
-
-    /// Hands the values that were multiplied back to the producer.
-    fn release_values(&mut self, memory: Memory) {
-        release(memory.value_empty(self.values.stage));
-        self.values.advance();
-    }
+    wgmma::commit();
 }

@@ -1,8 +1,7 @@
 //! Online softmax on scores of codes.
 //!
 //! As in [`crate::forward`], but that each tile of keys has a scale of its own, so maxima are those of
-//! scaled scores; and FP8 weights, which saturate, leave less slack. They are as precise at any power
-//! of two.
+//! scaled scores, and that FP8 weights are relative to the largest score so far, as they saturate.
 
 use cubecl::prelude::*;
 use cubesla_kernels::block_list::KeyTile;
@@ -14,15 +13,20 @@ use crate::ptx::{low_bit, math};
 
 /// Powers of two by which scores may exceed the maximum in use.
 const SLACK: f32 = 8.0;
-/// The same where weights are FP8.
-const FP8_SLACK: f32 = 4.0;
 
-/// log2(448) - 4: FP8 weights are at most 448, which leaves the slack.
-pub(super) const FP8_SHIFT: f32 = 4.807_355;
+/// log2(448): FP8 weights are up to 448.
+pub(super) const FP8_SHIFT: f32 = 8.807_355;
 
-/// The scores of a finished product.
+/// Turns the scores in registers `sco`, times `factor`, into weights `2^(S - m)`, 448 times that in
+/// FP8, packed, and brings the rows up to date.
 #[cube]
-pub(super) fn read_scores(#[comptime] config: LowBitConfig) -> Array<f32> {
+pub(super) fn softmax(
+    rows: &mut RowPair,
+    keys: KeyTile,
+    factor: f32,
+    scalars: ForwardScalars,
+    #[comptime] config: LowBitConfig,
+) -> Array<u32> {
     let products = comptime!(config.products());
     let count = comptime!(products.keys / 2);
     let mut scores = Array::<f32>::new(count);
@@ -34,23 +38,8 @@ pub(super) fn read_scores(#[comptime] config: LowBitConfig) -> Array<f32> {
             scores[comptime!(8 * step + i)] = some.extract(i);
         }
     }
-    scores
-}
-
-/// Turns scores, times `factor`, into weights `2^(S - m)`, 28 times that in FP8, packed, and brings the
-/// rows up to date.
-#[cube]
-pub(super) fn softmax(
-    rows: &mut RowPair,
-    scores: &mut Array<f32>,
-    keys: KeyTile,
-    factor: f32,
-    scalars: ForwardScalars,
-    #[comptime] config: LowBitConfig,
-) -> Array<u32> {
-    let count = comptime!(config.products().keys / 2);
     let lowest = f32::reinterpret(0xFF80_0000u32);
-    mask(scores, &*rows, keys, lowest, scalars, config.forward);
+    mask(&mut scores, &*rows, keys, lowest, scalars, config.forward);
 
     let mut upper_max = lowest;
     let mut lower_max = lowest;
@@ -62,16 +51,8 @@ pub(super) fn softmax(
             lower_max = max(lower_max, scores[comptime!(4 * i + 2 + j)]);
         }
     }
-    rows.upper.correction = f32::new(1.0);
-    rows.lower.correction = f32::new(1.0);
-    let slack = comptime!(if config.fp8 { FP8_SLACK } else { SLACK });
-    let upper_rise = fma(upper_max, factor, -rows.upper.max);
-    let lower_rise = fma(lower_max, factor, -rows.lower.max);
-    // Few tiles after the first: the units of a row then need not talk.
-    if plane_any(max(upper_rise, lower_rise) > slack) {
-        raise(&mut rows.upper, upper_max, factor, slack);
-        raise(&mut rows.lower, lower_max, factor, slack);
-    }
+    raise(&mut rows.upper, upper_max, factor, config);
+    raise(&mut rows.lower, lower_max, factor, config);
 
     let top = comptime!(if config.fp8 { FP8_SHIFT } else { 0.0 });
     let upper_shift = top - rows.upper.max;
@@ -86,14 +67,17 @@ pub(super) fn softmax(
             rows.lower.sum += scores[i];
         }
     }
-    pack(&*scores, config)
+    pack(&scores, config)
 }
 
 /// Takes the unit's largest score of a tile into account.
 #[cube]
-fn raise(row: &mut Row, tile_max: f32, factor: f32, #[comptime] slack: f32) {
+fn raise(row: &mut Row, tile_max: f32, factor: f32, #[comptime] config: LowBitConfig) {
     let tile_max = quad_max(tile_max) * factor;
-    let new_max = select(tile_max - row.max > slack, tile_max, row.max);
+    let mut new_max = max(row.max, tile_max);
+    if comptime!(!config.fp8) {
+        new_max = select(tile_max - row.max > SLACK, tile_max, row.max);
+    }
     row.correction = math::exp2(row.max - new_max);
     row.sum *= row.correction;
     row.max = new_max;

@@ -172,6 +172,12 @@ pub(crate) fn clear_accumulator(#[comptime] p: LowBitProducts) {
     clear("acc", comptime!(p.value_dim / 2));
 }
 
+/// Sets `par` to zero.
+#[cube]
+pub(crate) fn clear_product(#[comptime] p: LowBitProducts) {
+    clear("par", comptime!(p.value_dim / 2));
+}
+
 /// Eight neighbouring registers of `sco`, of a finished product, as f32: keys
 /// `16 group..16 group + 16`.
 #[cube]
