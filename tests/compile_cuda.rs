@@ -7,10 +7,11 @@
 use std::process::ExitCode;
 
 use cubesla::{
-    AttentionOptions, Client, Critical, DType, FeatureMap, Format, Granularity, InverseBlockList,
-    LinearMode, Precision, RouterOptions, TopKOrder, dynamic_matmul, fake_quantize,
-    linear_attention, low_bit_attention, quantize, quantized_matmul, quantized_matmul_backward,
-    route, select_blocks, soft_top_k, soft_top_k_backward, top_k, upload, weight_only_matmul,
+    AttentionOptions, Causal, Client, Critical, DType, FeatureMap, Format, Granularity,
+    InverseBlockList, LinearMode, Precision, RouterOptions, TopKOrder, dynamic_matmul,
+    fake_quantize, linear_attention, low_bit_attention, quantize, quantized_matmul,
+    quantized_matmul_backward, route, select_blocks, soft_top_k, soft_top_k_backward, top_k,
+    upload, weight_only_matmul,
 };
 use harness::low_bit::FORMATS;
 use harness::sla::Combine;
@@ -146,19 +147,30 @@ fn compile_selection(client: &Client) {
     }
 }
 
-/// Low-bit attention of narrow and wide heads.
+/// Low-bit attention of narrow and wide heads, in one and in two warpgroups.
 fn compile_low_bit_attention(client: &Client) {
-    for (dim, formats) in [64, 64, 128, 128].into_iter().zip(FORMATS) {
-        let case = AttentionCase {
-            head_dim: dim,
-            value_dim: dim,
-            dtype: DType::BF16,
-            options: AttentionOptions::default(),
-            ..AttentionCase::default()
-        };
-        let inputs = case.inputs();
-        let ([q, k, v], list) = case.upload_inputs(client, &inputs);
-        low_bit_attention(client, &q, &k, &v, &list, &case.options, formats).expect("a valid call");
+    for (dim, block_q, causal) in [
+        (64, 128, Causal::None),
+        (128, 128, Causal::None),
+        (128, 64, Causal::TopLeft),
+    ] {
+        for formats in FORMATS {
+            let case = AttentionCase {
+                head_dim: dim,
+                value_dim: dim,
+                dtype: DType::BF16,
+                options: AttentionOptions {
+                    block_q,
+                    causal,
+                    ..AttentionOptions::default()
+                },
+                ..AttentionCase::default()
+            };
+            let inputs = case.inputs();
+            let ([q, k, v], list) = case.upload_inputs(client, &inputs);
+            low_bit_attention(client, &q, &k, &v, &list, &case.options, formats)
+                .expect("a valid call");
+        }
     }
 }
 

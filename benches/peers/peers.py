@@ -25,6 +25,7 @@ SIZES = [(1, 12, 32760, 128), (2, 16, 32760, 128), (1, 12, 32760, 64), (1, 40, 7
 # So many of them are measured in all variants of sparse attention.
 FULL = 2
 SPARSITIES = [0, 90, 95, 97]
+LOW_BITS = ["int8", "int8-fp8", "fp8"]
 SERIES_LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
 SERIES_SPARSITIES = [0, 25, 50, 75, 85, 90, 95, 97, 99]
 TOP_K = [(40 * 591, 1182, 35), (12 * 256, 512, 25), (8192, 256, 8)]
@@ -253,6 +254,12 @@ def sparse_jobs(size, sparsity, sla):
     case = name("sparse_forward", variant(sparsity), size)
     for implementation, make in makes.items():
         yield case, implementation, qkv_bytes(size), lambda make=make: make(size, sparsity)
+    if sparsity and sla:
+        # In 16 bits: the peer of low bits too.
+        make = sla_sparse(sla)
+        for formats in LOW_BITS:
+            case = name(f"low_bit_forward/{formats}", variant(sparsity), size)
+            yield case, "sla-triton", qkv_bytes(size), lambda: make(size, sparsity)
 
 
 def backward_jobs(size, sparsity, sla):

@@ -1,6 +1,6 @@
 //! SLA and SLA2 with a sparse branch in low bits, and the backward of training with it.
 
-use cubesla::{LinearMode, LowBitFormats, LowBitScores, LowBitValues, Precision};
+use cubesla::{AttentionOptions, LinearMode, LowBitFormats, LowBitScores, LowBitValues, Precision};
 use cubesla_reference::attention::{Causal, Forward};
 use cubesla_reference::{Tensor, linear, low_bit, relative_error};
 use harness::case::{exact, wide};
@@ -135,6 +135,27 @@ fn wide_heads_in_several_batches_and_strides() {
         combine: Combine::OneLogit,
         ..SlaCase::default()
     });
+}
+
+/// Shapes of Hopper's engine, which is tried in the types that it takes.
+#[test]
+fn blocks_of_128_and_64() {
+    for combine in [Combine::Sla, Combine::LogitPerBlock] {
+        for linear in [LinearMode::Complement, LinearMode::Global] {
+            check(SlaCase {
+                attention: AttentionCase {
+                    query_len: 200,
+                    head_dim: 64,
+                    value_dim: 64,
+                    options: AttentionOptions::default(),
+                    ..few(421)
+                },
+                combine,
+                linear,
+                ..SlaCase::default()
+            });
+        }
+    }
 }
 
 proptest! {

@@ -2,12 +2,12 @@
 
 use cubecl::client::Client;
 use cubesla_kernels::attention::{
-    BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LowBitFormats, launch_low_bit,
+    BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LowBitFormats,
 };
 use cubesla_kernels::{AttentionOptions, AttentionProblem, BlockList, DType, DeviceTensor};
 
 use crate::Error;
-use crate::plan::{BackwardPlan, ForwardPlan};
+use crate::plan::{BackwardPlan, ForwardPlan, LowBitPlan};
 
 /// What [`block_sparse_attention`] returns.
 #[derive(Clone, Debug)]
@@ -96,13 +96,8 @@ pub fn low_bit_attention(
         out: &out,
         lse: &lse,
     };
-    launch_low_bit(
-        client,
-        &problem,
-        ForwardInputs { q, k, v, list },
-        outputs,
-        formats,
-    )?;
+    let plan = LowBitPlan::new(&problem, client.properties(), formats);
+    plan.launch(client, &problem, ForwardInputs { q, k, v, list }, outputs)?;
     Ok(AttentionOutput { out, lse })
 }
 

@@ -27,6 +27,21 @@ pub(crate) fn is_infinite(magnitude: u32) -> bool {
     magnitude == INFINITY
 }
 
+/// The magnitude as bits; 0 of an infinity, which saturates.
+#[cube]
+pub fn finite_magnitude(x: f32) -> u32 {
+    let size = magnitude(x);
+    select(is_infinite(size), 0, size)
+}
+
+/// The scale of a largest magnitude, as bits; NaN if that is NaN.
+#[cube]
+pub fn scale_of(largest: u32, #[comptime] format: Format) -> f32 {
+    let scale = f32::reinterpret(largest) / comptime!(format.top());
+    let usable = u32::reinterpret(scale) >= 0x0080_0000;
+    f32::reinterpret(select(usable, u32::reinterpret(scale), 0x3F80_0000))
+}
+
 /// The nearest integer of `x`, which lies within 2^22 of 0; ties to even.
 #[cube]
 pub(super) fn nearest(x: f32) -> i32 {

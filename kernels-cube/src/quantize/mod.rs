@@ -17,7 +17,8 @@ mod convert;
 mod rows;
 mod scales;
 
-pub(crate) use codes::{code, is_infinite, is_nan, magnitude, number};
+pub(crate) use codes::{code, is_nan, number};
+pub use codes::{finite_magnitude, scale_of};
 pub use convert::{dequantize, fake_quantize, quantize};
 
 use cubecl::prelude::*;
@@ -58,7 +59,7 @@ impl Format {
     }
 
     /// The largest magnitude without a zero point.
-    pub(crate) fn top(self) -> f32 {
+    pub fn top(self) -> f32 {
         match self {
             Format::Int8 => 127.0,
             Format::Int4 => 7.0,

@@ -22,7 +22,7 @@ pub enum Precision {
 
 impl Precision {
     /// The formats of low-bit attention, if it is that.
-    pub(super) fn formats(self) -> Option<LowBitFormats> {
+    pub fn formats(self) -> Option<LowBitFormats> {
         let scores = match self {
             Self::Full => return None,
             Self::Int8Fp8 => LowBitScores::Int8,

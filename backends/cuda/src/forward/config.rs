@@ -114,15 +114,18 @@ pub(crate) struct Memory {
 impl Memory {
     /// Reserves the shared memory of a cube.
     pub fn new(#[comptime] tile: WgmmaTile) -> Memory {
+        Memory::with_values(tile, tile.value_bytes())
+    }
+
+    /// As [`new`](Self::new), with tiles of values of `value_bytes`.
+    pub fn with_values(#[comptime] tile: WgmmaTile, #[comptime] value_bytes: usize) -> Memory {
         let stages = comptime!(tile.stages);
         let queries =
             Shared::<[u32]>::new_aligned_slice(comptime!(tile.query_bytes() / 4), 1024usize);
         let keys =
             Shared::<[u32]>::new_aligned_slice(comptime!(stages * tile.key_bytes() / 4), 1024usize);
-        let values = Shared::<[u32]>::new_aligned_slice(
-            comptime!(stages * tile.value_bytes() / 4),
-            1024usize,
-        );
+        let values =
+            Shared::<[u32]>::new_aligned_slice(comptime!(stages * value_bytes / 4), 1024usize);
         let staging = Shared::<[u32]>::new_aligned_slice(
             comptime!(tile.consumers * tile.out_bytes() / 4),
             1024usize,

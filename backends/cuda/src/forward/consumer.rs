@@ -5,7 +5,7 @@ use cubecl_cpp::cuda::ptx::tensor_map_address;
 use cubesla_kernels::block_list::BlockListView;
 
 use super::config::{Memory, Place};
-use super::epilogue::store;
+use super::epilogue::{load_accumulator, store};
 use super::kernel::{ForwardConfig, ForwardScalars, Item};
 use super::softmax::{RowPair, make_weights, take_scores};
 use crate::ptx::{barrier, wgmma};
@@ -66,15 +66,7 @@ impl Consumer {
         let config = comptime!(self.config);
         let tile = comptime!(config.tile);
         let products = comptime!(tile.products());
-        barrier::wait(memory.query_full(), self.query_parity);
-        self.query_parity ^= 1;
-        let warp_rows = memory.queries + UNIT_POS / 32 * comptime!(16 * 128u32);
-        wgmma::load_queries(warp_rows, tile.rows(), products);
-        sync_plane();
-        if UNIT_POS_PLANE == 0 {
-            barrier::arrive(memory.query_empty());
-        }
-
+        self.take_queries(memory);
         wgmma::clear_accumulator(products);
         if item.tiles > 0 {
             self.begin_scores(memory, 0usize);
@@ -86,6 +78,35 @@ impl Consumer {
                 self.attend_plainly(rows, list, item, memory, scalars);
             }
             wgmma::wait(0u32);
+            self.release_values(memory);
+        }
+    }
+
+    /// Brings an item's queries into their registers.
+    pub fn take_queries(&mut self, memory: Memory) {
+        let tile = comptime!(self.config.tile);
+        barrier::wait(memory.query_full(), self.query_parity);
+        self.query_parity ^= 1;
+        let warp_rows = memory.queries + UNIT_POS / 32 * comptime!(16 * 128u32);
+        wgmma::load_queries(warp_rows, tile.rows(), tile.products());
+        sync_plane();
+        if UNIT_POS_PLANE == 0 {
+            barrier::arrive(memory.query_empty());
+        }
+    }
+
+    /// Brings rows that come in the place of values, a tile to each warpgroup, into the accumulator.
+    pub fn take_rows(&mut self, memory: Memory) {
+        let config = comptime!(self.config);
+        let warpgroup = UNIT_POS / 128;
+        #[unroll]
+        for owner in 0..comptime!(config.tile.consumers as u32) {
+            barrier::wait(memory.value_full(self.values.stage), self.values.parity);
+            if warpgroup == owner {
+                let value_bytes = comptime!(config.tile.value_bytes() as u32);
+                load_accumulator(memory.values + self.values.stage * value_bytes, config);
+                barrier::sync_named(warpgroup + 1, 128u32);
+            }
             self.release_values(memory);
         }
     }
@@ -219,7 +240,7 @@ impl Consumer {
 
 /// Hands a stage back to the producer, once for the warpgroup.
 #[cube]
-fn release(empty: u32) {
+pub(crate) fn release(empty: u32) {
     if UNIT_POS % 128 == 0 {
         barrier::arrive(empty);
     }

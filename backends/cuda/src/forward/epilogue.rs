@@ -119,9 +119,33 @@ pub(crate) fn stage_accumulator(
 /// Writes columns `16 group..16 group + 16` of the unit's rows to the staging tile.
 #[cube]
 pub(crate) fn stage_group(to: u32, words: Vector<u32, Const<4>>, #[comptime] group: usize) {
+    math::store_matrices(group_address(to, group), words);
+}
+
+/// Brings a tile of 64 rows, as the staging tile is, into the accumulator.
+#[cube]
+pub(crate) fn load_accumulator(from: u32, #[comptime] config: ForwardConfig) {
+    let products = comptime!(config.tile.products());
+    #[unroll]
+    for group in 0..comptime!(products.value_dim / 16) {
+        let words = math::load_matrices(group_address(from, group));
+        let mut values = Vector::<f32, Const<8>>::empty();
+        #[unroll]
+        for i in 0..4usize {
+            let pair = math::unpack(words.extract(i), comptime!(products.format()));
+            values.insert(comptime!(2 * i), pair.extract(0usize));
+            values.insert(comptime!(2 * i + 1), pair.extract(1usize));
+        }
+        wgmma::write_accumulator(values, group);
+    }
+}
+
+/// Where the unit's row of columns `16 group..16 group + 16` lies in a tile of 64 rows.
+#[cube]
+fn group_address(tile: u32, #[comptime] group: usize) -> u32 {
     let lane = UNIT_POS_PLANE;
     let row = UNIT_POS % 128 / 32 * 16 + lane % 16;
     let chunk = comptime!((group % 4 * 2) as u32) + lane / 16;
     let box_start = comptime!((group / 4 * 64 * 128) as u32);
-    math::store_matrices(to + box_start + row * 128 + (chunk ^ (row % 8)) * 16, words);
+    tile + box_start + row * 128 + (chunk ^ (row % 8)) * 16
 }

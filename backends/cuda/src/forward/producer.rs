@@ -115,6 +115,30 @@ impl Producer {
     }
 }
 
+#[cube]
+impl Producer {
+    /// Loads an item's rows of `map [B, Hq, Lq, Dv]` in the place of values, a tile of 64 rows to each
+    /// warpgroup.
+    pub fn load_rows(&mut self, map: u64, item: Item, memory: Memory) {
+        let tile = comptime!(self.config.tile);
+        let value_bytes = comptime!(tile.value_bytes() as u32);
+        let source = Source {
+            head: item.head,
+            batch: item.batch,
+        };
+        #[unroll]
+        for owner in 0..comptime!(tile.consumers as u32) {
+            barrier::wait(memory.value_empty(self.place.stage), self.place.parity ^ 1);
+            let full = memory.value_full(self.place.stage);
+            barrier::arrive_expect(full, value_bytes);
+            let to = memory.values + self.place.stage * value_bytes;
+            let row = item.first_query + owner * 64;
+            source.load(to, map, full, row, tile.keys, tile.value_dim);
+            self.place.advance();
+        }
+    }
+}
+
 /// A head of a tensor.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]

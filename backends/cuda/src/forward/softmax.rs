@@ -91,7 +91,7 @@ pub(crate) fn take_scores(
             scores[comptime!(8 * step + i)] = some.extract(i);
         }
     }
-    mask(&mut scores, &*rows, keys, scalars, config);
+    mask(&mut scores, &*rows, keys, f32::new(MASKED), scalars, config);
 
     let mut upper_max = f32::new(FLOOR);
     let mut lower_max = f32::new(FLOOR);
@@ -138,13 +138,14 @@ pub(crate) fn make_weights(
     packed
 }
 
-/// Pushes scores of keys that do not exist, or lie in the future, below every other. Only tiles at
+/// Replaces scores of keys that do not exist, or lie in the future, by the `lowest`. Only tiles at
 /// the end of a block or on the diagonal have such keys.
 #[cube]
-fn mask(
+pub(crate) fn mask(
     scores: &mut Array<f32>,
     rows: &RowPair,
     keys: KeyTile,
+    lowest: f32,
     scalars: ForwardScalars,
     #[comptime] config: ForwardConfig,
 ) {
@@ -162,7 +163,7 @@ fn mask(
                 let query = rows.upper.query + comptime!((i / 2 % 2 * 8) as u32);
                 visible = visible && key as i32 <= query as i32 + scalars.causal_shift;
             }
-            scores[i] = select(visible, scores[i], MASKED);
+            scores[i] = select(visible, scores[i], lowest);
         }
     }
 }

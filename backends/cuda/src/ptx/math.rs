@@ -51,6 +51,18 @@ pub(crate) fn store_matrices(to: u32, words: Vector<u32, Const<4>>) {
     );
 }
 
+/// Loads four 8x8 matrices of 16-bit elements: addresses and elements as [`store_matrices`] has them.
+#[cube]
+pub(crate) fn load_matrices(from: u32) -> Vector<u32, Const<4>> {
+    let from = value::<u32>(from);
+    let words: Vector<u32, Const<4>>;
+    gpu_asm!(
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {words}, [{from}];",
+        words = out(_) words, from = in(_) from
+    );
+    words
+}
+
 /// Loads 16 bytes from shared memory.
 #[cube]
 pub(crate) fn load_chunk(from: u32) -> Vector<u32, Const<4>> {

@@ -10,6 +10,7 @@ pub(crate) mod backward;
 pub(crate) mod barrier;
 pub(crate) mod cluster;
 pub(crate) mod linear;
+pub(crate) mod low_bit;
 pub(crate) mod math;
 pub(crate) mod matmul;
 pub(crate) mod tma;

@@ -196,13 +196,14 @@ pub(crate) fn read_score_step(
 
 /// Lets nothing that `sums` depends on be computed later than here.
 ///
-/// A branch on them, never taken as they are never negative: without it ptxas moves the arithmetic
-/// of a tile behind the wait that it is meant to overlap with.
+/// An instruction under a condition on them that never holds, as they are never negative: without it
+/// ptxas moves the arithmetic of a tile behind the wait that it is meant to overlap with. It is one
+/// that ends nothing: with a `trap` ptxas does not believe in registers beyond an even share.
 #[cube]
 pub(crate) fn compute_before(sums: f32) {
     let sums = value::<f32>(sums);
     gpu_asm!(
-        "{{ .reg .pred p; setp.lt.f32 p, {sums}, 0f00000000; @!p bra GO; trap; GO: }}",
+        "{{ .reg .pred p; setp.lt.f32 p, {sums}, 0f00000000; @p nanosleep.u32 1; }}",
         sums = in(_) sums
     );
 }
@@ -234,6 +235,17 @@ pub(crate) fn clear_accumulator(#[comptime] products: Products) {
 #[cube]
 pub(crate) fn read_accumulator(#[comptime] group: usize) -> Vector<f32, Const<8>> {
     read_eight("acc", group)
+}
+
+/// Replaces eight neighbouring registers of `acc`, as [`read_accumulator`] reads them.
+#[cube]
+pub(crate) fn write_accumulator(values: Vector<f32, Const<8>>, #[comptime] group: usize) {
+    let values = value::<Vector<f32, Const<8>>>(values);
+    let text = comptime!(moves(8, |i| format!(
+        "mov.f32 acc{}, %{i}; ",
+        8 * group + i
+    )));
+    gpu_asm!("/* {values} */ {text}", values = in(_) values);
 }
 
 /// Loads the registers `qry` from a tile of queries with the 128-byte swizzle: `at` is the tile's

@@ -22,7 +22,9 @@ pub(crate) struct SlaConfig {
     pub per_block: bool,
     /// SLA's projection, rather than SLA2's weight.
     pub projects: bool,
-    /// Whether the branches and the log-sum-exp are written too.
+    /// Whether the sparse branch is read, in tiles of 64 rows, and not computed.
+    pub given: bool,
+    /// Whether the branches and the log-sum-exp are written too, those that are computed.
     pub save: bool,
 }
 
@@ -37,6 +39,11 @@ impl SlaConfig {
     pub fn weight_bytes(&self) -> usize {
         let dv = self.forward.tile.products().value_dim;
         if self.projects { tile_bytes(dv, dv) } else { 0 }
+    }
+
+    /// As of the forward, whose loop needs them.
+    pub fn registers(&self) -> Option<(u32, u32)> {
+        self.forward.tile.registers().filter(|_| !self.given)
     }
 
     /// Bytes of shared memory.
@@ -128,7 +135,7 @@ pub(crate) fn sla_forward_wgmma<F: Float>(
     h: &TensorMap<F, Tiled>,          // [B, Hkv, D, Dv], or of each query block [B Hq, M, D, Dv]
     wl: &TensorMap<F, Tiled>,         // Wl^T [1, 1, Dv, Dv]; not read by SLA2
     out: &TensorMap<F, Tiled>,        // [B, Hq, Lq, Dv]
-    sparse: &TensorMap<F, Tiled>,     // the same, written if saved
+    sparse: &TensorMap<F, Tiled>,     // the same, written if saved, read if given
     linear_out: &TensorMap<F, Tiled>, // the same
     z: &[f32],                        // as h, without Dv
     weights: &[f32],                  // bl [Dv] of SLA, logits of SLA2
@@ -169,8 +176,8 @@ pub(crate) fn sla_forward_wgmma<F: Float>(
 
     let items = scalars.forward;
     if UNIT_POS >= consumers * 128 {
-        if comptime!(tile.registers().is_some()) {
-            wgmma::shrink_registers(comptime!(tile.registers().unwrap().0));
+        if comptime!(config.registers().is_some()) {
+            wgmma::shrink_registers(comptime!(config.registers().unwrap().0));
         }
         if UNIT_POS == consumers * 128 {
             let products = comptime!(tile.products());
@@ -195,7 +202,11 @@ pub(crate) fn sla_forward_wgmma<F: Float>(
             while index < items.items {
                 let item = Item::new(list, index, items, forward);
                 producer.load_queries(item, memory);
-                producer.load_tiles(list, item, memory, items);
+                if config.given {
+                    producer.load_rows(tensor_map_address(sparse), item, memory);
+                } else {
+                    producer.load_tiles(list, item, memory, items);
+                }
                 let place = StatePlace::new(list, item, items, config);
                 let source = Source {
                     head: place.head,
@@ -217,8 +228,8 @@ pub(crate) fn sla_forward_wgmma<F: Float>(
             }
         }
     } else {
-        if comptime!(tile.registers().is_some()) {
-            wgmma::grow_registers(comptime!(tile.registers().unwrap().1));
+        if comptime!(config.registers().is_some()) {
+            wgmma::grow_registers(comptime!(config.registers().unwrap().1));
         }
         let mut consumer = Consumer::new(forward);
         let mut epilogue = Epilogue {
@@ -233,7 +244,12 @@ pub(crate) fn sla_forward_wgmma<F: Float>(
             let item = Item::new(list, index, items, forward);
             let place = StatePlace::new(list, item, items, config);
             let mut rows = RowPair::new(item.first_query);
-            consumer.attend(&mut rows, list, item, memory, items);
+            if config.given {
+                consumer.take_queries(memory);
+                consumer.take_rows(memory);
+            } else {
+                consumer.attend(&mut rows, list, item, memory, items);
+            }
             finish(
                 &mut epilogue,
                 z,

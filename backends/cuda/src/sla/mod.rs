@@ -10,6 +10,8 @@
 //! - In the complement form each query block has a state of its own, made by `states` without the
 //!   queries: half the arithmetic of subtracting `phi(Q) phi(K_j)^T V_j` block by block, and no
 //!   registers in the main loop.
+//! - A sparse branch in low bits is a kernel of its own: 8-bit queries leave nothing to make `phi(Q)` of.
+//!   Its result comes in the place of values.
 
 mod epilogue;
 mod kernel;
@@ -17,6 +19,7 @@ mod states;
 
 use cubecl::ir::DeviceProperties;
 use cubecl::prelude::*;
+use cubesla_kernels::attention::{ForwardInputs, ForwardOutputs, LowBitFormats};
 use cubesla_kernels::linear::{FeatureMap, States, feature_rows, state_scale};
 use cubesla_kernels::sla::{
     Combination, LinearMode, SlaInputs, SlaOutput, SlaSaved, lists_the_fewer, logit_strides,
@@ -30,16 +33,20 @@ use crate::forward::kernel::{ForwardConfig, ForwardScalarsLaunch};
 use crate::forward::{WgmmaPlan, tensor_map, tile_keys};
 use crate::linear::ring::StateTile;
 use crate::linear::total_states;
+use crate::low_bit::{WgmmaLowBitPlan, launch_low_bit_wgmma};
 
 /// How the Hopper forward of SLA and SLA2 is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WgmmaSlaPlan {
     /// As for block-sparse attention alone, with as many stages as fit.
     pub forward: WgmmaPlan,
+    /// Low-bit attention, if the sparse branch is that: a kernel of its own.
+    pub low_bit: Option<WgmmaLowBitPlan>,
 }
 
 impl WgmmaSlaPlan {
-    /// The plan for `problem`; `projects` for SLA, which needs room for its projection.
+    /// The plan for `problem`; `projects` for SLA, which needs room for its projection; with `formats`
+    /// if the sparse branch is in low bits.
     ///
     /// # Errors
     /// Why the problem is not one for this kernel, in a few words.
@@ -47,8 +54,16 @@ impl WgmmaSlaPlan {
         problem: &AttentionProblem,
         device: &DeviceProperties,
         projects: bool,
+        formats: Option<LowBitFormats>,
     ) -> Result<Self, &'static str> {
+        let low_bit = formats
+            .map(|formats| WgmmaLowBitPlan::new(problem, device, formats))
+            .transpose()?;
         let mut forward = WgmmaPlan::new(problem, device)?;
+        if low_bit.is_some() {
+            // A given branch comes in tiles of 64 rows.
+            forward.tile.keys = 64;
+        }
         let fits = |stages: &usize| {
             let mut config = config(problem, &forward, projects);
             config.forward.tile.stages = *stages;
@@ -58,7 +73,7 @@ impl WgmmaSlaPlan {
             .rev()
             .find(fits)
             .ok_or("two stages and the linear branch do not fit the shared memory")?;
-        Ok(Self { forward })
+        Ok(Self { forward, low_bit })
     }
 }
 
@@ -72,6 +87,7 @@ fn config(problem: &AttentionProblem, plan: &WgmmaPlan, projects: bool) -> SlaCo
         phi: FeatureMap::Softmax,
         per_block: false,
         projects,
+        given: false,
         save: false,
     }
 }
@@ -96,6 +112,7 @@ pub fn launch_sla_wgmma(
     let config = SlaConfig {
         phi,
         per_block: mode == LinearMode::Complement,
+        given: plan.low_bit.is_some(),
         save,
         ..config(problem, &plan.forward, projects)
     };
@@ -106,14 +123,35 @@ pub fn launch_sla_wgmma(
     };
 
     let out = DeviceTensor::empty(client, problem.out_shape(), dtype);
-    let saved = save.then(|| SlaSaved {
-        sparse: DeviceTensor::empty(client, problem.out_shape(), dtype),
-        linear: DeviceTensor::empty(client, problem.out_shape(), dtype),
-        lse: DeviceTensor::empty(client, problem.lse_shape(), DType::F32),
+    let empty_branch = || DeviceTensor::empty(client, problem.out_shape(), dtype);
+    let empty_lse = || DeviceTensor::empty(client, problem.lse_shape(), DType::F32);
+    let given = plan.low_bit.map(|plan| {
+        let (sparse, lse) = (empty_branch(), empty_lse());
+        let (q, k, v, list) = (q, k, v, inputs.critical);
+        let outputs = ForwardOutputs {
+            out: &sparse,
+            lse: &lse,
+        };
+        let inputs = ForwardInputs { q, k, v, list };
+        launch_low_bit_wgmma(client, problem, &plan, inputs, outputs);
+        (sparse, lse)
     });
-    let (sparse, branch) = saved
-        .as_ref()
-        .map_or((&out, &out), |s| (&s.sparse, &s.linear));
+    let saved = save.then(|| {
+        let (sparse, lse) = given
+            .clone()
+            .unwrap_or_else(|| (empty_branch(), empty_lse()));
+        SlaSaved {
+            sparse,
+            linear: empty_branch(),
+            lse,
+        }
+    });
+    let branch = saved.as_ref().map_or(&out, |s| &s.linear);
+    let sparse = match (&given, &saved) {
+        (Some((sparse, _)), _) => sparse,
+        (None, Some(saved)) => &saved.sparse,
+        (None, None) => &out,
+    };
     let lse = match &saved {
         Some(saved) => saved.lse.clone(),
         None => DeviceTensor::empty(client, [1, 1, 1], DType::F32),

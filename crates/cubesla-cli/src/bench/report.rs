@@ -8,8 +8,9 @@ use super::compare::{Peers, ratios};
 use super::{Measured, Outcome};
 
 const LEGEND: &str = "\
-error          relative error of a sample of results against the f64 reference; for top-k the share
-               of wrong places, for the router by how much a block left out beats one taken
+error          relative error of a sample of results against the f64 reference, in L1 for low bits;
+               for top-k the share of wrong places, for the router by how much a block left out
+               beats one taken
 median, spread time of a call on the device and its 10th and 90th percentile, over batches of calls
                between two waits for the device
 host           time for the host to enqueue a call
@@ -20,7 +21,8 @@ dense TFLOP/s  the products of dense attention of the same size over the same ti
 bytes          inputs read once and outputs written once
 ";
 const FLOOR: &str = "\
-floor          the greater of products at 930 TFLOP/s and bytes at 4.2 TB/s, and its share of the time
+floor          the greater of products at 930 TFLOP/s, 1860 in 8 bits, and bytes at 4.2 TB/s, and its
+               share of the time
 ";
 const PEERS: &str = "\
 peers          their median over ours: above 1 ours is faster
@@ -96,7 +98,8 @@ fn row(measured: &Measured, hopper: bool) -> [String; 10] {
     let seconds = 1e-3 * timing.median;
     let rate = |flops: f64| significant(flops / seconds / 1e12);
     let judged = cost.dtype != DType::F32 || cost.flops == 0.0;
-    let floor = (hopper && judged).then(|| floor_ms(cost.flops, cost.bytes));
+    let floor =
+        (hopper && judged).then(|| floor_ms(cost.flops - cost.low_bit_flops / 2.0, cost.bytes));
     let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".into());
     [
         format!("{:.1e}", measured.check.error),
@@ -153,6 +156,7 @@ mod tests {
             },
             cost: Cost {
                 flops: 930e9,
+                low_bit_flops: 0.0,
                 dense_flops: Some(9300e9),
                 bytes: 1e6,
                 dtype: DType::BF16,

@@ -22,13 +22,12 @@ mod values;
 
 use cubecl::prelude::*;
 use forward::{LowBitConfig, LowBitScalarsLaunch, low_bit_forward};
-use prepare::quantize_blocks;
+use prepare::{mean_key, quantize_blocks};
 use values::quantize_values;
 
 use crate::engine::{Tile, TileNeeds, no_tile, simt_tile};
 use crate::limits::{expect_bindings, expect_dtype, expect_loop_budget, grid};
 use crate::quantize::Format;
-use crate::router::mean_pool;
 use crate::{AttentionProblem, BlockList, Causal, DType, DeviceTensor, ProblemError};
 
 use super::{ForwardInputs, ForwardOutputs, check_forward};
@@ -44,7 +43,8 @@ pub enum LowBitScores {
 }
 
 impl LowBitScores {
-    fn format(self) -> Format {
+    /// The format of quantization.
+    pub fn format(self) -> Format {
         match self {
             Self::Int8 => Format::Int8,
             Self::Fp8 => Format::Fp8,
@@ -138,7 +138,7 @@ pub fn launch_low_bit(
         ],
     )?;
 
-    let mean = mean_pool(client, k, problem.key_len())?;
+    let mean = mean_key(client, k)?;
     let format = formats.scores.format();
     let queries = quantize_blocks(client, q, problem.block_q(), None, format)?;
     let keys = quantize_blocks(client, k, problem.block_k(), Some(&mean), format)?;

@@ -5,7 +5,8 @@ use cubecl::prelude::*;
 use super::LowBit;
 use super::values::CHUNK;
 use crate::limits::{expect_buffer, expect_loop_budget, grid};
-use crate::quantize::{Format, code, is_infinite, magnitude};
+use crate::quantize::{Format, code, finite_magnitude, scale_of};
+use crate::router::mean_pool;
 use crate::{AttentionProblem, DType, DeviceTensor, ProblemError};
 
 /// Units of a cube.
@@ -22,6 +23,53 @@ pub(super) fn expect_budget(
     let columns = chunks + CHUNK + 2 * CHUNK * problem.value_dim() / UNITS;
     let operation = "quantizing queries, keys and values";
     expect_loop_budget(client.properties(), operation, blocks.max(columns))
+}
+
+/// The mean key of each head of `k [B, H, L, D]`, f32 `[B, H, 1, D]`: the means of chunks of rows, put
+/// together. A NaN or infinity spoils its head.
+pub(super) fn mean_key(
+    client: &Client,
+    k: &DeviceTensor<4>,
+) -> Result<DeviceTensor<4>, ProblemError> {
+    let [batch, heads, len, dim] = k.shape();
+    let chunks = mean_pool(client, k, CHUNK)?;
+    let mean = DeviceTensor::empty(client, [batch, heads, 1, dim], DType::F32);
+    let grid = grid(
+        client.properties(),
+        [("B * H", batch * heads), ("", 1), ("", 1)],
+    )?;
+    // SAFETY: a cube writes the mean of its own head.
+    unsafe {
+        mean_of_chunks::launch_unchecked(
+            client,
+            grid,
+            CubeDim::new_1d(UNITS as u32),
+            chunks.buffer_arg(),
+            mean.buffer_arg(),
+            len as u32,
+            dim as u32,
+        );
+    }
+    Ok(mean)
+}
+
+/// Grid: x = (batch, head). A unit has a column.
+#[cube(launch_unchecked)]
+fn mean_of_chunks(chunks: &[f32], mean: &mut [f32], len: u32, dim: u32) {
+    let column = UNIT_POS;
+    if column < dim {
+        let count = len.div_ceil(comptime!(CHUNK as u32));
+        let start = CUBE_POS_X * count * dim + column;
+        let mut sum = 0.0f32;
+        for chunk in 0..count {
+            let rows = min(
+                len - chunk * comptime!(CHUNK as u32),
+                comptime!(CHUNK as u32),
+            );
+            sum += chunks[(start + chunk * dim) as usize] * f32::cast_from(rows);
+        }
+        mean[(CUBE_POS_X * dim + column) as usize] = sum / f32::cast_from(len);
+    }
 }
 
 /// Words and scales of `x [B, H, L, D]`, less the mean of its head's rows if one is given: of an 8-bit
@@ -62,21 +110,6 @@ pub(super) fn quantize_blocks(
         words: words.buffer_arg(),
         scales: scales.buffer_arg(),
     })
-}
-
-/// The scale of a largest magnitude, as bits; NaN if that is NaN.
-#[cube]
-pub(super) fn scale_of(largest: u32, #[comptime] format: Format) -> f32 {
-    let scale = f32::reinterpret(largest) / comptime!(format.top());
-    let usable = u32::reinterpret(scale) >= 0x0080_0000;
-    f32::reinterpret(select(usable, u32::reinterpret(scale), 0x3F80_0000))
-}
-
-/// The magnitude as bits; 0 of an infinity, which saturates.
-#[cube]
-pub(super) fn finite_magnitude(x: f32) -> u32 {
-    let size = magnitude(x);
-    select(is_infinite(size), 0, size)
 }
 
 /// Grid: x = block, y = head, z = batch.

@@ -3,9 +3,9 @@
 use cubecl::prelude::*;
 
 use super::LowBit;
-use super::prepare::{UNITS, finite_magnitude, scale_of};
+use super::prepare::UNITS;
 use crate::limits::{expect_buffer, grid};
-use crate::quantize::{Format, code, is_nan};
+use crate::quantize::{Format, code, finite_magnitude, is_nan, scale_of};
 use crate::{DType, DeviceTensor, ProblemError};
 
 /// Rows of values that a cube reads.

@@ -196,6 +196,7 @@ impl Work for Backward {
         let pairs = sparse::pairs(&self.problem, self.list.rows());
         Cost {
             flops: products * pairs * (4 * size.dim) as f64,
+            low_bit_flops: 0.0,
             dense_flops: Some(products * size.dense_flops()),
             bytes: (8 * size.tensor_bytes() + 4 * size.batch * size.heads * size.len) as f64
                 + sparse::list_bytes(&self.list),

@@ -62,6 +62,7 @@ impl Work for Linear {
         let size = self.inputs.size;
         Cost {
             flops: size.linear_flops(),
+            low_bit_flops: 0.0,
             dense_flops: None,
             bytes: (4 * size.tensor_bytes()) as f64,
             dtype: size.dtype,

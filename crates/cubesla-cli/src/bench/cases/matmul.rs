@@ -184,6 +184,7 @@ impl Work for Matmul {
         };
         Cost {
             flops: 2.0 * (m * n) as f64 * k as f64,
+            low_bit_flops: 0.0,
             dense_flops: None,
             bytes: (x + w.bytes() + m * n * self.dtype.size()) as f64,
             dtype: self.dtype,

@@ -3,6 +3,7 @@
 mod backward;
 mod inputs;
 mod linear;
+mod low_bit;
 mod matmul;
 mod route;
 mod size;
@@ -63,6 +64,8 @@ impl Check {
 pub struct Cost {
     /// Floating-point operations of the products.
     pub flops: f64,
+    /// Of these, those of 8-bit products, which have twice the rate.
+    pub low_bit_flops: f64,
     /// Those of dense attention at the same size, for what replaces it.
     pub dense_flops: Option<f64>,
     /// Inputs read once and outputs written once.
@@ -78,6 +81,7 @@ pub fn all(scale: Scale, dtype: Option<DType>) -> Vec<Case> {
     cases.extend(route::cases(scale, dtype));
     cases.extend(top_k::cases(scale));
     cases.extend(linear::cases(scale, dtype));
+    cases.extend(low_bit::cases(scale, dtype));
     cases.extend(sla::cases(scale, dtype));
     cases.extend(matmul::cases(scale, dtype));
     cases
@@ -163,6 +167,8 @@ mod tests {
             "route/95/b1h12l32760d64/bf16",
             "top_k/k35/r23640n1182/f32",
             "linear/softmax/b1h4l8192d128/f32",
+            "low_bit_forward/int8-fp8/97/b1h12l32760d128/bf16",
+            "sla2_forward/97-global-int8-fp8/b1h12l32760d128/bf16",
             "sla_forward/95-global/b1h12l32760d128/bf16",
             "sla2_forward/97-complement/b1h12l32760d128/bf16",
             "matmul/int8/m8192n8192k8192/bf16",

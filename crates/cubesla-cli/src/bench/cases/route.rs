@@ -85,6 +85,7 @@ impl Work for Route {
         let count = cubesla_reference::router::critical_count(CRITICAL, key_blocks);
         Cost {
             flops: (2 * rows * key_blocks * size.dim) as f64,
+            low_bit_flops: 0.0,
             dense_flops: None,
             bytes: (2 * size.tensor_bytes() + 4 * rows * (count + 1)) as f64,
             dtype: size.dtype,

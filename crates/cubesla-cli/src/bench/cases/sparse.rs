@@ -130,6 +130,7 @@ impl Work for Sparse {
         let size = self.inputs.size;
         Cost {
             flops: pairs(&self.problem, self.list.rows()) * (4 * size.dim) as f64,
+            low_bit_flops: 0.0,
             dense_flops: Some(size.dense_flops()),
             bytes: (4 * size.tensor_bytes() + 4 * size.batch * size.heads * size.len) as f64
                 + list_bytes(&self.list),

@@ -92,6 +92,7 @@ impl Work for TopK {
         let [rows, _] = self.device[0].shape();
         Cost {
             flops: 0.0,
+            low_bit_flops: 0.0,
             dense_flops: None,
             bytes: (self.host.size() + 8 * rows * self.k) as f64,
             dtype: DType::F32,

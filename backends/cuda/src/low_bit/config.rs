@@ -1,0 +1,49 @@
+//! What the low-bit kernels are compiled for.
+
+use crate::forward::kernel::ForwardConfig;
+use crate::ptx::low_bit::LowBitProducts;
+
+/// What the kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct LowBitConfig {
+    /// Sizes as of 16-bit attention; `head_dim` counts pairs of the 8-bit elements of queries and keys,
+    /// which fill what one 16-bit element does.
+    pub forward: ForwardConfig,
+    /// Whether queries and keys are INT8 rather than FP8.
+    pub int8: bool,
+    /// Whether weights and values are FP8 rather than 16 bits.
+    pub fp8: bool,
+}
+
+impl LowBitConfig {
+    pub fn products(&self) -> LowBitProducts {
+        let products = self.forward.tile.products();
+        LowBitProducts {
+            head_dim: 2 * products.head_dim,
+            value_dim: products.value_dim,
+            keys: products.keys,
+            int8: self.int8,
+            format: (!self.fp8).then_some(products.format()),
+        }
+    }
+
+    /// Of a tile of values; FP8 values are transposed.
+    pub fn value_bytes(&self) -> usize {
+        if self.fp8 {
+            self.products().value_dim * self.forward.tile.keys
+        } else {
+            self.forward.tile.value_bytes()
+        }
+    }
+
+    /// As for 16-bit attention: registers that a unit of the producer's warpgroup keeps and that a
+    /// consumer unit takes. FP8 values need a second accumulator, and then a kernel of 168 registers.
+    pub fn registers(&self) -> Option<(u32, u32)> {
+        let p = self.products();
+        let weights = if self.fp8 { p.keys / 8 } else { p.keys / 4 };
+        let accumulators = p.value_dim / 2 * if self.fp8 { 2 } else { 1 };
+        let named = accumulators + p.keys / 2 + p.head_dim / 8 + 2 * weights;
+        let grown = if named > 180 { 240 } else { 216 };
+        (self.forward.tile.consumers == 2 && named > 140).then_some((24, grown))
+    }
+}

@@ -1,0 +1,100 @@
+//! What happens to an item's rows when its keys are done.
+
+use cubecl::prelude::*;
+
+use super::config::LowBitConfig;
+use super::consumer::Factors;
+use super::kernel::Scales;
+use super::softmax::FP8_SHIFT;
+use crate::forward::config::Memory;
+use crate::forward::epilogue::{begin_staging, inverse, stage_group, store_staged};
+use crate::forward::kernel::{ForwardScalars, Item};
+use crate::forward::softmax::{Row, RowPair, quad_sum};
+use crate::ptx::{math, wgmma};
+
+/// Normalises the accumulator, and stores it and the log-sum-exp of the `head_index`-th (batch, head).
+#[cube]
+pub(super) fn store(
+    out: u64,
+    lse: &mut [f32],
+    scales: &Scales,
+    memory: Memory,
+    item: Item,
+    head_index: u32,
+    rows: &RowPair,
+    factors: Factors,
+    scalars: ForwardScalars,
+    #[comptime] config: LowBitConfig,
+) {
+    let upper_sum = quad_sum(rows.upper.sum);
+    let lower_sum = quad_sum(rows.lower.sum);
+    let staging = begin_staging(memory, config.forward);
+    let first_scale = factors.kv_index * comptime!(config.forward.tile.value_dim as u32);
+    stage_accumulator(
+        staging,
+        inverse(upper_sum),
+        inverse(lower_sum),
+        scales,
+        first_scale,
+        config,
+    );
+    store_staged(out, staging, item, config.forward);
+    if UNIT_POS % 4 == 0 {
+        let first = head_index as usize * scalars.query_len as usize;
+        store_row_lse(lse, scales, first, &rows.upper, upper_sum, scalars, config);
+        store_row_lse(lse, scales, first, &rows.lower, lower_sum, scalars, config);
+    }
+}
+
+/// Of the scores before smoothing; `-inf` for a row that saw no key.
+#[cube]
+fn store_row_lse(
+    lse: &mut [f32],
+    scales: &Scales,
+    first: usize,
+    row: &Row,
+    sum: f32,
+    scalars: ForwardScalars,
+    #[comptime] config: LowBitConfig,
+) {
+    if row.query < scalars.query_len {
+        let at = first + row.query as usize;
+        let top = comptime!(if config.fp8 { FP8_SHIFT } else { 0.0 });
+        let smoothed = (row.max - top) * std::f32::consts::LN_2 + sum.ln();
+        lse[at] = smoothed + scalars.scale * scales.shift[at];
+    }
+}
+
+/// Writes the accumulator, scaled and rounded, to the warpgroup's staging tile.
+#[cube]
+fn stage_accumulator(
+    to: u32,
+    upper: f32,
+    lower: f32,
+    scales: &Scales,
+    first_scale: u32,
+    #[comptime] config: LowBitConfig,
+) {
+    let products = comptime!(config.forward.tile.products());
+    #[unroll]
+    for group in 0..comptime!(products.value_dim / 16) {
+        let values = wgmma::read_accumulator(group);
+        let mut words = Vector::<u32, Const<4>>::empty();
+        #[unroll]
+        for i in 0..4usize {
+            let row = if comptime!(i % 2 == 0) { upper } else { lower };
+            let mut low = values.extract(comptime!(2 * i)) * row;
+            let mut high = values.extract(comptime!(2 * i + 1)) * row;
+            if comptime!(config.fp8) {
+                let column = comptime!((16 * group + i / 2 * 8) as u32) + UNIT_POS % 4 * 2;
+                // Columns past the width are not stored.
+                let last = comptime!(config.forward.tile.value_dim as u32 - 2);
+                let at = (first_scale + min(column, last)) as usize;
+                low *= scales.values[at];
+                high *= scales.values[at + 1];
+            }
+            words.insert(i, math::pack(low, high, comptime!(products.format())));
+        }
+        stage_group(to, words, group);
+    }
+}

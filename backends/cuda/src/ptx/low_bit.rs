@@ -1,0 +1,282 @@
+//! `wgmma` on 8-bit operands, and conversions to 8 bits.
+//!
+//! Registers as in [`super::wgmma`], and:
+//!
+//! | name | holds | layout in unit `l` of warp `w` |
+//! |---|---|---|
+//! | `sco<K/2>` | s32 or f32 scores `[64, K]` | as `acc` |
+//! | `par<N/2>` | f32 product of one tile `[64, N]` | as `acc` |
+//! | `qry<D/8>` | queries `[64, D]`, 8 bits, A operand | register `i`: row `16w + l/4 + 8(i%2)`, columns `32(i/4) + 16(i/2%2) + 4(l%4)` and three more |
+//! | `prb<K/8>` | weights `[64, K]`, FP8, A operand | the same, or as in [`super::wgmma`] for 16-bit weights |
+//!
+//! Both operands of an 8-bit product are K-major: values come transposed, `[N, K]`. Within 32 keys
+//! they lie in the order in which a unit's scores fill its registers `prb`: see [`key_of_slot`].
+
+use cubecl::prelude::*;
+
+use super::value;
+use super::wgmma::{add_product, clear, list, load_rows, moves, read_eight, write_four};
+
+/// Sizes of the products of one kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct LowBitProducts {
+    /// Width of queries and keys, padded to a multiple of 32.
+    pub head_dim: usize,
+    /// Width of values, padded to a multiple of 16.
+    pub value_dim: usize,
+    /// Keys of a tile, a multiple of 32 if values are FP8.
+    pub keys: usize,
+    /// Whether queries and keys are INT8 rather than FP8.
+    pub int8: bool,
+    /// 16-bit weights and values, `bf16` or `f16`; FP8 if there is no such format.
+    pub format: Option<&'static str>,
+}
+
+/// The key, of 32, whose values lie in `slot`: four slots are the two and two scores that a unit holds
+/// of 16 keys.
+#[cfg(test)]
+fn key_of_slot(slot: usize) -> usize {
+    let (half, quarter, element) = (slot / 16, slot % 16 / 4, slot % 4);
+    16 * half + 2 * quarter + 8 * (element / 2) + element % 2
+}
+
+/// Declares the named registers. Once, at the top of a kernel.
+#[cube]
+pub(crate) fn declare_registers(#[comptime] products: LowBitProducts) {
+    let text = comptime!(declare_text(products));
+    gpu_asm!("{text}");
+}
+
+fn declare_text(p: LowBitProducts) -> String {
+    let scores = if p.int8 { "s32" } else { "f32" };
+    let (weights, parts) = match p.format {
+        Some(_) => (p.keys / 4, 1),
+        None => (p.keys / 8, p.value_dim / 2),
+    };
+    format!(
+        ".reg .f32 acc<{}>; .reg .f32 par<{parts}>; .reg .{scores} sco<{}>; .reg .b32 prb<{weights}>; \
+         .reg .b32 qry<{}>;",
+        p.value_dim / 2,
+        p.keys / 2,
+        p.head_dim / 8,
+    )
+}
+
+/// A descriptor of a shared tile of FP8 values `[N, keys]`, K-major, whose rows of `keys` bytes have the
+/// swizzle of that width.
+#[cube]
+pub(crate) fn descriptor_values(at: u32, #[comptime] keys: usize) -> u64 {
+    // Eight rows lie next to eight rows; offsets count 16 bytes.
+    let high = comptime!({
+        let swizzle: u64 = if keys == 64 { 2 } else { 3 };
+        (swizzle << 62) | ((keys as u64 / 2) << 32) | (1u64 << 16)
+    });
+    u64::cast_from((at & 0x3FFFF) >> 4) | high
+}
+
+/// Loads the registers `qry` from a tile of queries in rows of 128 bytes with the 128-byte swizzle:
+/// `at` is the tile's first row of the warp's 16.
+#[cube]
+pub(crate) fn load_queries(at: u32, #[comptime] rows: usize, #[comptime] p: LowBitProducts) {
+    // Two 8-bit elements move as one of 16 bits does.
+    load_rows("qry", at, rows, comptime!(p.head_dim / 2));
+}
+
+/// Begins `sco = Q K^T` with `Q` the registers `qry` and `K` the tile that `keys` describes.
+#[cube]
+pub(crate) fn scores(keys: u64, #[comptime] p: LowBitProducts) {
+    let keys = value::<u64>(keys);
+    let text = comptime!(scores_text(p));
+    gpu_asm!("/* {keys} */ {text}", keys = in(_) keys);
+}
+
+fn scores_text(p: LowBitProducts) -> String {
+    let (types, flags) = if p.int8 {
+        ("s32.s8.s8", "")
+    } else {
+        ("f32.e4m3.e4m3", ", 1, 1")
+    };
+    product_text(types, flags, p.keys, p.head_dim, "sco", "qry")
+}
+
+/// Begins `par = P V` with `P` the registers `prb` and `V` the tile that `values` describes.
+#[cube]
+pub(crate) fn multiply_values(values: u64, #[comptime] p: LowBitProducts) {
+    let values = value::<u64>(values);
+    let text = comptime!(product_text(
+        "f32.e4m3.e4m3",
+        ", 1, 1",
+        p.value_dim,
+        p.keys,
+        "par",
+        "prb"
+    ));
+    gpu_asm!("/* {values} */ {text}", values = in(_) values);
+}
+
+/// `to = left B`, `columns` wide, contracted over `depth` bytes of both.
+fn product_text(
+    types: &str,
+    flags: &str,
+    columns: usize,
+    depth: usize,
+    to: &str,
+    left: &str,
+) -> String {
+    let mut text = String::from(
+        "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
+    );
+    for step in 0..depth / 32 {
+        // 32 bytes, counted in 16.
+        text += &format!(
+            "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{columns}k32.{types} {}, {}, b, {}{flags}; ",
+            step * 2,
+            list(to, 0..columns / 2),
+            list(left, 4 * step..4 * step + 4),
+            if step == 0 { "first" } else { "more" },
+        );
+    }
+    text + "}"
+}
+
+/// Begins `acc += P V` with `P` the registers `prb`, 16 bits, and `V` the tile that `values` describes.
+#[cube]
+pub(crate) fn accumulate(values: u64, #[comptime] p: LowBitProducts) {
+    let format = comptime!(p.format.unwrap());
+    add_product(values, "acc", "prb", p.value_dim, p.keys, format);
+}
+
+/// `acc = acc factor + par`, with a factor to each of the unit's two rows.
+#[cube]
+pub(crate) fn promote(upper: f32, lower: f32, #[comptime] p: LowBitProducts) {
+    let (upper, lower) = (value::<f32>(upper), value::<f32>(lower));
+    let text = comptime!(moves(p.value_dim / 2, |i| {
+        format!("fma.rn.f32 acc{i}, acc{i}, %{}, par{i}; ", i / 2 % 2)
+    }));
+    gpu_asm!("/* {upper} {lower} */ {text}", upper = in(_) upper, lower = in(_) lower);
+}
+
+/// Multiplies `acc` by `upper` in the unit's upper row and by `lower` in its lower row.
+#[cube]
+pub(crate) fn scale_accumulator(upper: f32, lower: f32, #[comptime] p: LowBitProducts) {
+    let (upper, lower) = (value::<f32>(upper), value::<f32>(lower));
+    let text = comptime!(moves(p.value_dim / 2, |i| {
+        format!("mul.f32 acc{i}, acc{i}, %{}; ", i / 2 % 2)
+    }));
+    gpu_asm!("/* {upper} {lower} */ {text}", upper = in(_) upper, lower = in(_) lower);
+}
+
+/// Sets `acc` to zero.
+#[cube]
+pub(crate) fn clear_accumulator(#[comptime] p: LowBitProducts) {
+    clear("acc", comptime!(p.value_dim / 2));
+}
+
+/// Sets `par` to zero.
+#[cube]
+pub(crate) fn clear_product(#[comptime] p: LowBitProducts) {
+    clear("par", comptime!(p.value_dim / 2));
+}
+
+/// Eight neighbouring registers of `sco`, of a finished product, as f32: keys
+/// `16 group..16 group + 16`.
+#[cube]
+pub(crate) fn read_scores(
+    #[comptime] group: usize,
+    #[comptime] p: LowBitProducts,
+) -> Vector<f32, Const<8>> {
+    if comptime!(p.int8) {
+        let text = comptime!(moves(8, |i| format!(
+            "cvt.rn.f32.s32 %{i}, sco{}; ",
+            8 * group + i
+        )));
+        let values: Vector<f32, Const<8>>;
+        gpu_asm!("/* {values} */ {text}", values = out(_) values);
+        values
+    } else {
+        read_eight("sco", group)
+    }
+}
+
+/// Replaces four neighbouring registers of `prb`; no product may be reading them.
+#[cube]
+pub(crate) fn write_weights(words: Vector<u32, Const<4>>, #[comptime] group: usize) {
+    write_four("prb", words, group);
+}
+
+/// Four f32 rounded to e4m3, to even, saturating at 448; NaN stays NaN. The first is in the lowest byte.
+#[cube]
+pub(crate) fn pack_e4m3(a: f32, b: f32, c: f32, d: f32) -> u32 {
+    let (a, b) = (value::<f32>(a), value::<f32>(b));
+    let (c, d) = (value::<f32>(c), value::<f32>(d));
+    let word: u32;
+    gpu_asm!(
+        "{{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, {b}, {a}; \
+         cvt.rn.satfinite.e4m3x2.f32 high, {d}, {c}; mov.b32 {word}, {{low, high}}; }}",
+        word = out(_) word, a = in(_) a, b = in(_) b, c = in(_) c, d = in(_) d,
+        options(pure, nomem)
+    );
+    word
+}
+
+/// The lowest bytes of four words, the first in the lowest.
+#[cube]
+pub(crate) fn pack_bytes(a: u32, b: u32, c: u32, d: u32) -> u32 {
+    let (a, b) = (value::<u32>(a), value::<u32>(b));
+    let (c, d) = (value::<u32>(c), value::<u32>(d));
+    let word: u32;
+    gpu_asm!(
+        "{{ .reg .b32 low, high; prmt.b32 low, {a}, {b}, 0x0040; prmt.b32 high, {c}, {d}, 0x0040; \
+         prmt.b32 {word}, low, high, 0x5410; }}",
+        word = out(_) word, a = in(_) a, b = in(_) b, c = in(_) c, d = in(_) d,
+        options(pure, nomem)
+    );
+    word
+}
+
+/// The larger of `largest` and the magnitude of `x`; NaN if one of them is NaN.
+#[cube]
+pub(crate) fn max_magnitude(largest: f32, x: f32) -> f32 {
+    let (largest, x) = (value::<f32>(largest), value::<f32>(x));
+    let y: f32;
+    gpu_asm!(
+        "{{ .reg .f32 size; abs.f32 size, {x}; max.NaN.f32 {y}, {largest}, size; }}",
+        y = out(_) y, largest = in(_) largest, x = in(_) x,
+        options(pure, nomem)
+    );
+    y
+}
+
+/// `x` between `-bound` and `bound`; NaN stays NaN.
+#[cube]
+pub(crate) fn clamp_magnitude(x: f32, bound: f32) -> f32 {
+    let (x, bound) = (value::<f32>(x), value::<f32>(bound));
+    let y: f32;
+    gpu_asm!(
+        "{{ .reg .f32 least; neg.f32 least, {bound}; min.NaN.f32 {y}, {x}, {bound}; \
+         max.NaN.f32 {y}, {y}, least; }}",
+        y = out(_) y, x = in(_) x, bound = in(_) bound,
+        options(pure, nomem)
+    );
+    y
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What scores' and A operands' layouts say of the keys of a unit's bytes.
+    #[test]
+    fn slots_follow_the_registers_of_scores() {
+        for lane in 0..4 {
+            // Upper row: scores 0 and 1, 4 and 5 of 16 go to the first register.
+            let scores = [0, 1, 4, 5].map(|i| 8 * (i / 4) + 2 * lane + i % 2);
+            let slots = [0, 1, 2, 3].map(|byte| 4 * lane + byte);
+            assert_eq!(slots.map(key_of_slot), scores);
+            assert_eq!(
+                slots.map(|slot| key_of_slot(slot + 16)),
+                scores.map(|k| k + 16)
+            );
+        }
+    }
+}
