@@ -64,6 +64,7 @@ impl WgmmaBackwardPlan {
                 consumers,
                 keys: 64,
                 stages: 3,
+                ahead: false,
             },
             cubes: items.min(multiprocessors(device)),
             key: KeyConfig {

@@ -20,6 +20,9 @@ pub struct WgmmaTile {
     pub keys: usize,
     /// Tiles in flight.
     pub stages: usize,
+    /// Whether the next tile's scores are multiplied during the softmax of this one, where a unit has
+    /// registers for the scores of two tiles.
+    pub ahead: bool,
 }
 
 impl WgmmaTile {
@@ -45,16 +48,17 @@ impl WgmmaTile {
     /// consumers need more than the 168 of an even share.
     ///
     /// `setmaxnreg` waits for registers to come free, for ever if there are too few. With 384 units
-    /// these numbers need a kernel of 163 registers or more, which one that needs them is;
+    /// these numbers need a kernel of 152 registers, or 163, which one that needs them is;
     /// `cargo xtask cuda` checks it.
     pub(crate) fn registers(&self) -> Option<(u32, u32)> {
-        (self.consumers == 2 && self.named_registers() > 140).then_some((24, 232))
+        let taken = if self.ahead { 232 } else { 216 };
+        (self.consumers == 2 && self.named_registers() > 140).then_some((24, taken))
     }
 
-    /// Whether the next tile's scores are multiplied during the softmax of this one: where a unit has
-    /// registers for the scores of two tiles.
-    pub(crate) fn looks_ahead(&self) -> bool {
-        self.consumers == 1 || self.registers().is_some()
+    /// The same tile of a kernel that can look ahead.
+    pub(crate) fn looking_ahead(self) -> Self {
+        let ahead = self.consumers == 1 || self.registers().is_some();
+        Self { ahead, ..self }
     }
 
     /// Accumulator and queries, scores of a tile, weights being used and weights being made.

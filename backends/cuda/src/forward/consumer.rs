@@ -72,7 +72,7 @@ impl Consumer {
             self.begin_scores(memory, 0usize);
             wgmma::wait(0u32);
             self.release_keys(memory);
-            if comptime!(tile.looks_ahead()) {
+            if tile.ahead {
                 self.attend_ahead(rows, list, item, memory, scalars);
             } else {
                 self.attend_plainly(rows, list, item, memory, scalars);

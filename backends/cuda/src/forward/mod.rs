@@ -70,7 +70,9 @@ impl WgmmaPlan {
             consumers: problem.block_q() / 64,
             keys: tile_keys(problem.block_k()),
             stages: 4,
+            ahead: false,
         };
+        let tile = tile.looking_ahead();
         let items = problem.batch() * problem.query_heads() * problem.query_blocks();
         Ok(Self {
             tile,

@@ -57,6 +57,7 @@ pub fn launch_linear_wgmma(
         consumers: 2,
         keys: 64,
         stages: 1,
+        ahead: false,
     };
     let tiles = problem.query_len().div_ceil(tile.rows());
     let items = tiles * problem.query_heads() * problem.batch();

@@ -43,7 +43,18 @@ impl SlaConfig {
 
     /// As of the forward, whose loop needs them.
     pub fn registers(&self) -> Option<(u32, u32)> {
-        self.forward.tile.registers().filter(|_| !self.given)
+        let tile = self.forward.tile;
+        if !self.given {
+            return tile.registers();
+        }
+        let products = tile.products();
+        let linear = if self.projects || self.save {
+            products.value_dim / 4
+        } else {
+            0
+        };
+        let named = products.value_dim / 2 + products.head_dim / 4 + products.keys / 2 + linear;
+        (tile.consumers == 2 && named > 150).then_some((24, 216))
     }
 
     /// Bytes of shared memory.

@@ -60,6 +60,8 @@ impl WgmmaSlaPlan {
             .map(|formats| WgmmaLowBitPlan::new(problem, device, formats))
             .transpose()?;
         let mut forward = WgmmaPlan::new(problem, device)?;
+        // The linear branch takes the registers of a second tile's scores.
+        forward.tile.ahead = false;
         if low_bit.is_some() {
             // A given branch comes in tiles of 64 rows.
             forward.tile.keys = 64;
