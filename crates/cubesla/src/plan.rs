@@ -126,10 +126,7 @@ impl fmt::Display for ForwardPlan {
             ForwardEngine::Wgmma(plan) => write!(f, "{plan}")?,
             ForwardEngine::Tile(plan) => write!(f, "{plan}")?,
         }
-        if self.passed_over.is_empty() {
-            return Ok(());
-        }
-        write!(f, " ({})", reasons(&self.passed_over))
+        write_passed_over(f, &self.passed_over)
     }
 }
 
@@ -218,10 +215,7 @@ impl fmt::Display for LowBitPlan {
             LowBitEngine::Wgmma(plan) => write!(f, "{plan}")?,
             LowBitEngine::Tile => write!(f, "portable")?,
         }
-        if self.passed_over.is_empty() {
-            return Ok(());
-        }
-        write!(f, " ({})", reasons(&self.passed_over))
+        write_passed_over(f, &self.passed_over)
     }
 }
 
@@ -321,10 +315,7 @@ impl fmt::Display for SlaPlan {
             SlaEngine::Wgmma(plan) => write!(f, "{}", plan.forward)?,
             SlaEngine::Tile => write!(f, "portable")?,
         }
-        if self.passed_over.is_empty() {
-            return Ok(());
-        }
-        write!(f, " ({})", reasons(&self.passed_over))
+        write_passed_over(f, &self.passed_over)
     }
 }
 
@@ -407,6 +398,14 @@ impl fmt::Display for BackwardPlan {
             Self::Tile(plan) => write!(f, "{plan}"),
         }
     }
+}
+
+/// The end of a printed plan: why faster engines were passed over, if any were.
+fn write_passed_over(f: &mut fmt::Formatter<'_>, passed_over: &[(&str, &str)]) -> fmt::Result {
+    if passed_over.is_empty() {
+        return Ok(());
+    }
+    write!(f, " ({})", reasons(passed_over))
 }
 
 fn reasons(passed_over: &[(&str, &str)]) -> String {

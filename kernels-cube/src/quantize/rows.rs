@@ -3,7 +3,7 @@
 
 use cubecl::prelude::*;
 
-use super::codes::{code, is_infinite, is_nan, magnitude};
+use super::codes::{code, is_infinite, is_nan, magnitude, scale_of};
 use super::{Format, Granularity};
 use crate::limits::{expect_loop_budget, line_grid};
 use crate::{DType, DeviceTensor, ProblemError};
@@ -101,10 +101,8 @@ fn encode_rows<F: Float, N: Size>(
     }
     sync_cube();
     let peak = peaks[0];
-    let scale = f32::reinterpret(peak) / comptime!(format.top());
-    let usable = u32::reinterpret(scale) >= 0x0080_0000;
-    let finite = select(usable, scale, 1.0);
-    let bits = select(is_nan(peak), 0x7FC0_0000, u32::reinterpret(finite));
+    let scale = scale_of(peak, format);
+    let bits = select(is_nan(peak), 0x7FC0_0000, u32::reinterpret(scale));
     let scale = f32::reinterpret(bits);
     if inside && unit == 0 {
         scales[row as usize] = bits;

@@ -9,7 +9,8 @@
 //! - A producer unit loads tiles with bulk copies into a ring; two warpgroups do nothing but compute.
 //! - Queries stay in registers, which halves what `wgmma` reads from shared memory: with keys of 64
 //!   that is the difference between bound by shared memory and not.
-//! - The product with the values of one tile overlaps the softmax of the next.
+//! - The product with the values of one tile overlaps the softmax of the next, and so does the product
+//!   with the keys of the tile after that, where registers hold the scores of two tiles.
 //! - The running maximum is replaced only when it must be, so the accumulator is seldom rescaled.
 //! - Cubes stay and take one query block after another: the producer loads the next block's queries
 //!   and keys while the last block is being finished and stored.

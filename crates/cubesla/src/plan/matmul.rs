@@ -6,7 +6,7 @@ use cubesla_kernels::matmul::{self, MatmulProblem};
 use cubesla_kernels::quantize::QuantizedTensor;
 use cubesla_kernels::{DType, DeviceTensor, ProblemError};
 
-use super::reasons;
+use super::write_passed_over;
 
 /// How a product of low-bit matrices is run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,9 +94,6 @@ impl fmt::Display for MatmulPlan {
             MatmulEngine::Wgmma(plan) => write!(f, "{plan}")?,
             MatmulEngine::Portable => write!(f, "portable")?,
         }
-        if self.passed_over.is_empty() {
-            return Ok(());
-        }
-        write!(f, " ({})", reasons(&self.passed_over))
+        write_passed_over(f, &self.passed_over)
     }
 }
