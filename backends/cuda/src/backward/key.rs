@@ -87,6 +87,8 @@ struct Memory {
     queries: u32,
     /// Stages of output gradients.
     grads: u32,
+    /// Base-2 log-sum-exps, then deltas, of the rows of each stage of queries.
+    statistics: u32,
     barriers: u32,
 }
 
@@ -138,7 +140,6 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
         comptime!((query_stages + grad_stages) * config.query_bytes() / 4),
         1024usize,
     );
-    // Base-2 log-sum-exp and delta of each row of a stage.
     let mut statistics =
         Shared::<[f32]>::new_aligned_slice(comptime!(query_stages * 2 * rows), 16usize);
     let barriers = Shared::<[u64]>::new_aligned_slice(
@@ -151,6 +152,7 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
         values: generic_to_shared::<u32>(values.as_ptr()),
         queries,
         grads: queries + comptime!((query_stages * config.query_bytes()) as u32),
+        statistics: generic_to_shared::<f32>(statistics.as_ptr()),
         barriers: generic_to_shared::<u64>(barriers.as_ptr()),
     };
     wgmma::declare_registers(products);
@@ -235,9 +237,9 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
                                 row_lse = lse[start + query as usize] * std::f32::consts::LOG2_E;
                                 row_delta = delta[start + query as usize];
                             }
-                            let to = (place.stage * comptime!(2 * rows as u32) + 2 * own) as usize;
+                            let to = (place.stage * comptime!(2 * rows as u32) + own) as usize;
                             statistics[to] = row_lse;
-                            statistics[to + 1] = row_delta;
+                            statistics[to + rows] = row_delta;
                         }
                         sync_plane();
                         if UNIT_POS_PLANE == 0 {
@@ -275,9 +277,9 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
             walk.begin_scores();
             wgmma::wait(0u32);
             for t in 1..tiles {
-                walk.add_tile(&statistics, t > 1, true);
+                walk.add_tile(t > 1, true);
             }
-            walk.add_tile(&statistics, tiles > 1, false);
+            walk.add_tile(tiles > 1, false);
             wgmma::wait(0u32);
         }
         // Every product is done, and nothing is loaded any more: the ring and the keys are free.
@@ -309,6 +311,9 @@ struct Walk {
     grads: Place,
     memory: Memory,
     scale: f32,
+    /// Told by one unit of each warp, so that ptxas knows that a warp's addresses are one, and counts
+    /// them on its uniform units.
+    warpgroup: u32,
     #[cube(comptime)]
     config: KeyConfig,
 }
@@ -322,6 +327,7 @@ impl Walk {
             grads: Place::first(config.grad_stages),
             memory,
             scale,
+            warpgroup: plane_broadcast(UNIT_POS / 128, 0u32),
             config,
         }
     }
@@ -329,7 +335,7 @@ impl Walk {
     /// Address of the warpgroup's rows in a stage of the ring at `ring`.
     fn rows(&self, ring: u32, stage: u32) -> u32 {
         let bytes = comptime!(self.config.query_bytes() as u32);
-        ring + stage * bytes + UNIT_POS / 128 * comptime!(64 * 128u32)
+        ring + stage * bytes + self.warpgroup * comptime!(64 * 128u32)
     }
 
     /// Begins `S^T = K Q^T` with the next queries.
@@ -351,12 +357,7 @@ impl Walk {
     /// their own, both accumulators and the packed operands are more than a unit can have, and ptxas
     /// lets no product run beside anything. While weights are made, the keys' product of the tile
     /// before runs; while gradients of scores are made, the values'.
-    fn add_tile(
-        &mut self,
-        statistics: &Shared<[f32]>,
-        others_before: bool,
-        #[comptime] next: bool,
-    ) {
+    fn add_tile(&mut self, others_before: bool, #[comptime] next: bool) {
         let config = comptime!(self.config);
         let products = comptime!(config.products());
         let rows = comptime!(config.rows());
@@ -364,10 +365,12 @@ impl Walk {
         let stage = self.queries.stage;
         let queries = self.rows(memory.queries, stage);
         let grads = self.rows(memory.grads, self.grads.stage);
-        let own = UNIT_POS / 128 * 64 + UNIT_POS % 4 * 2;
-        let first = (stage * comptime!(2 * rows as u32) + 2 * own) as usize;
+        // Of the unit's first pair of rows.
+        let own = self.warpgroup * 64 + UNIT_POS % 4 * 2;
+        let log_sums = memory.statistics + (stage * comptime!(2 * rows as u32) + own) * 4;
+        let deltas = log_sums + comptime!(4 * rows as u32);
 
-        let weights = make_weights(statistics, first, self.scale, config);
+        let weights = make_weights(log_sums, self.scale, config);
         wgmma::wait(0u32);
         if others_before {
             let stages = comptime!(config.query_stages as u32);
@@ -387,7 +390,7 @@ impl Walk {
         wgmma::accumulate(wgmma::descriptor_transposed(grads, rows), products);
         wgmma::commit();
         wgmma::wait(1u32);
-        let gradients = make_score_gradients(&weights, statistics, first, config);
+        let gradients = make_score_gradients(&weights, deltas, config);
         write_words(&gradients, true);
         if next {
             self.begin_scores();
@@ -410,34 +413,30 @@ impl Walk {
 /// `P^T = exp(scale S^T - L)` of the scores, packed. Word `4 s + 2 h + k`: two neighbouring queries of
 /// half `h` of step `s`, of the unit's key `k`.
 #[cube]
-fn make_weights(
-    statistics: &Shared<[f32]>,
-    first: usize,
-    scale: f32,
-    #[comptime] config: KeyConfig,
-) -> Array<u32> {
+fn make_weights(log_sums: u32, scale: f32, #[comptime] config: KeyConfig) -> Array<u32> {
     let scale_log2 = scale * std::f32::consts::LOG2_E;
-    let mut sum = 0.0f32.runtime();
+    let mut bits = 0u32.runtime();
     let mut weights = Array::<u32>::new(16usize);
     #[unroll]
     for step in 0..4usize {
         let scores = wgmma::read_score_step(0usize, step);
         #[unroll]
         for half in 0..2usize {
-            let at = first + comptime!(2 * (16 * step + 8 * half));
-            let (lse0, lse1) = (statistics[at], statistics[at + 2]);
+            let pair = math::load_pair(log_sums + comptime!((16 * step + 8 * half) as u32 * 4));
+            let lse0 = f32::reinterpret(pair.extract(0usize));
+            let lse1 = f32::reinterpret(pair.extract(1usize));
             #[unroll]
             for key in 0..2usize {
                 let e = comptime!(4 * half + 2 * key);
                 let p0 = math::exp2(fma(scores.extract(e), scale_log2, -lse0));
                 let p1 = math::exp2(fma(scores.extract(comptime!(e + 1)), scale_log2, -lse1));
-                sum += p0 + p1;
-                weights[comptime!(4 * step + 2 * half + key)] =
-                    math::pack(p0, p1, comptime!(config.products().format()));
+                let pair = math::pack(p0, p1, comptime!(config.products().format()));
+                bits |= pair;
+                weights[comptime!(4 * step + 2 * half + key)] = pair;
             }
         }
     }
-    wgmma::compute_before(sum);
+    wgmma::compute_before(bits);
     weights
 }
 
@@ -446,8 +445,7 @@ fn make_weights(
 #[cube]
 fn make_score_gradients(
     weights: &Array<u32>,
-    statistics: &Shared<[f32]>,
-    first: usize,
+    deltas: u32,
     #[comptime] config: KeyConfig,
 ) -> Array<u32> {
     let format = comptime!(config.products().format());
@@ -457,8 +455,9 @@ fn make_score_gradients(
         let gradients = wgmma::read_score_step(0usize, step);
         #[unroll]
         for half in 0..2usize {
-            let at = first + comptime!(2 * (16 * step + 8 * half));
-            let (delta0, delta1) = (statistics[at + 1], statistics[at + 3]);
+            let pair = math::load_pair(deltas + comptime!((16 * step + 8 * half) as u32 * 4));
+            let delta0 = f32::reinterpret(pair.extract(0usize));
+            let delta1 = f32::reinterpret(pair.extract(1usize));
             #[unroll]
             for key in 0..2usize {
                 let e = comptime!(4 * half + 2 * key);

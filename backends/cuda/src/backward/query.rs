@@ -6,9 +6,9 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use cubesla_kernels::block_list::BlockListView;
 
-use crate::forward::config::{Memory, Place, WgmmaTile};
+use crate::forward::config::{Memory, Place, WgmmaTile, next_note};
 use crate::forward::epilogue::{begin_staging, stage_accumulator, store_staged};
-use crate::forward::kernel::{ForwardConfig, ForwardScalars, Item, init_barriers};
+use crate::forward::kernel::{ForwardConfig, ForwardScalars, Item, Work, init_barriers};
 use crate::forward::producer::{Producer, Source};
 use crate::ptx::{backward, barrier, math, wgmma};
 
@@ -72,7 +72,8 @@ pub(crate) fn query_gradients_wgmma<F: Float>(
             let mut parity = 0u32;
             let mut index = CUBE_POS_X;
             while index < scalars.items {
-                let item = Item::new(list, index, scalars, config);
+                let work = Work::new(list, index, scalars, config);
+                let item = work.item;
                 producer.load_queries(item, memory);
                 barrier::wait(extra.empty, parity ^ 1);
                 parity ^= 1;
@@ -90,7 +91,7 @@ pub(crate) fn query_gradients_wgmma<F: Float>(
                     tile.rows(),
                     tile.head_dim,
                 );
-                producer.load_tiles(list, item, memory, scalars);
+                producer.load_tiles(list, work, memory, scalars);
                 index += CUBE_COUNT_X;
             }
         }
@@ -101,10 +102,12 @@ pub(crate) fn query_gradients_wgmma<F: Float>(
         let dq = tensor_map_address(dq);
         let mut keys = Place::first(tile.stages);
         let mut parity = 0u32;
+        let mut note = 0u32;
         let mut index = CUBE_POS_X;
         while index < scalars.items {
-            let item = Item::new(list, index, scalars, config);
             load_rows(memory, extra, parity, config);
+            let item = Item::read(memory, note);
+            note = next_note(note);
             parity ^= 1;
             let head_index = (item.batch * scalars.heads + item.head) as usize;
             let first = head_index * scalars.query_len as usize;
@@ -157,6 +160,7 @@ impl RowStatistics {
     }
 }
 
+/// Brings the next item's queries and output gradients into their registers.
 #[cube]
 fn load_rows(memory: Memory, extra: GradMemory, parity: u32, #[comptime] config: ForwardConfig) {
     let tile = comptime!(config.tile);
@@ -202,7 +206,7 @@ fn add_tile(
     }
     // Weights are made while their gradients are being multiplied.
     let scale_log2 = scale * std::f32::consts::LOG2_E;
-    let mut sum = 0.0f32.runtime();
+    let mut bits = 0u32.runtime();
     let mut weights = Array::<f32>::new(comptime!(tile.keys / 2));
     #[unroll]
     for step in 0..comptime!(tile.keys / 16) {
@@ -215,11 +219,11 @@ fn add_tile(
                 lower
             };
             let p = row.weight(scores.extract(i), scale_log2);
-            sum += p;
+            bits |= u32::reinterpret(p);
             weights[comptime!(8 * step + i)] = p;
         }
     }
-    wgmma::compute_before(sum);
+    wgmma::compute_before(bits);
     wgmma::wait(0u32);
     #[unroll]
     for step in 0..comptime!(tile.keys / 16) {

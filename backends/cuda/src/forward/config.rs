@@ -42,6 +42,7 @@ impl WgmmaTile {
             + self.stages * (self.key_bytes() + self.value_bytes())
             + self.consumers * self.out_bytes()
             + self.barriers() * 8
+            + self.notes() * 8
     }
 
     /// Registers that a unit of the producer's warpgroup keeps and that a consumer unit takes, where
@@ -51,7 +52,7 @@ impl WgmmaTile {
     /// these numbers need a kernel of 152 registers, or 163, which one that needs them is;
     /// `cargo xtask cuda` checks it.
     pub(crate) fn registers(&self) -> Option<(u32, u32)> {
-        let taken = if self.ahead { 232 } else { 216 };
+        let taken = if self.ahead { 240 } else { 216 };
         (self.consumers == 2 && self.named_registers() > 140).then_some((24, taken))
     }
 
@@ -96,11 +97,27 @@ impl WgmmaTile {
     pub(crate) fn barriers(&self) -> usize {
         2 + 4 * self.stages
     }
+
+    /// What the producer tells consumers of items and of each stage's keys, four words each, counted in
+    /// pairs.
+    pub(crate) fn notes(&self) -> usize {
+        2 * ITEM_NOTES + 2 * self.stages
+    }
 }
 
 /// Bytes of a tile in boxes of 64 columns.
 pub(crate) fn tile_bytes(rows: usize, width: usize) -> usize {
     width.div_ceil(64) * rows * 128
+}
+
+/// Notes on items: consumers finish one when they have begun the next, and the producer is ahead of
+/// them by another.
+const ITEM_NOTES: usize = 3;
+
+/// The note after `note`.
+#[cube]
+pub(crate) fn next_note(note: u32) -> u32 {
+    select(note == comptime!(ITEM_NOTES as u32 - 1), 0, note + 1)
 }
 
 /// Shared addresses.
@@ -112,6 +129,7 @@ pub(crate) struct Memory {
     pub values: u32,
     pub out: u32,
     pub barriers: u32,
+    notes: u32,
 }
 
 #[cube]
@@ -135,13 +153,25 @@ impl Memory {
             1024usize,
         );
         let barriers = Shared::<[u64]>::new_aligned_slice(tile.barriers(), 16usize);
+        let notes = Shared::<[u64]>::new_aligned_slice(tile.notes(), 16usize);
         Memory {
             queries: generic_to_shared::<u32>(queries.as_ptr()),
             keys: generic_to_shared::<u32>(keys.as_ptr()),
             values: generic_to_shared::<u32>(values.as_ptr()),
             out: generic_to_shared::<u32>(staging.as_ptr()),
             barriers: generic_to_shared::<u64>(barriers.as_ptr()),
+            notes: generic_to_shared::<u64>(notes.as_ptr()),
         }
+    }
+
+    /// Where an item is described, from its queries' arrival until those of the item after next arrive.
+    pub fn item_note(&self, note: u32) -> u32 {
+        self.notes + note * 16
+    }
+
+    /// Where a stage's keys are described, from their arrival until they have been read.
+    pub fn key_note(&self, stage: u32) -> u32 {
+        self.notes + comptime!(ITEM_NOTES as u32 * 16) + stage * 16
     }
 
     /// Completes when an item's queries have arrived.

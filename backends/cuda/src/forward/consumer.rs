@@ -2,19 +2,20 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::BlockListView;
+use cubesla_kernels::block_list::KeyTile;
 
-use super::config::{Memory, Place};
+use super::config::{Memory, Place, next_note};
 use super::epilogue::{load_accumulator, store};
 use super::kernel::{ForwardConfig, ForwardScalars, Item};
+use super::producer::{copy_keys, read_keys};
 use super::softmax::{RowPair, make_weights, take_scores};
 use crate::ptx::{barrier, wgmma};
 
-/// The loop over items.
+/// The loop over items. The first scores of an item are multiplied while the one before it is being
+/// finished and stored.
 #[cube]
 pub(crate) fn consume<F: Float>(
     out: &TensorMap<F, Tiled>,
-    list: &BlockListView,
     lse: &mut [f32],
     memory: Memory,
     scalars: ForwardScalars,
@@ -23,13 +24,21 @@ pub(crate) fn consume<F: Float>(
     let out = tensor_map_address(out);
     let mut consumer = Consumer::new(config);
     let mut index = CUBE_POS_X;
+    consumer.begin(true, memory);
     while index < scalars.items {
-        let item = Item::new(list, index, scalars, config);
+        let item = Item::read(memory, consumer.note);
         let mut rows = RowPair::new(item.first_query);
-        consumer.attend(&mut rows, list, item, memory, scalars);
-        store(out, lse, memory, item, &rows, scalars, config);
+        consumer.attend(&mut rows, item.tiles, memory, scalars);
         index += CUBE_COUNT_X;
+        consumer.begin(index < scalars.items, memory);
+        wgmma::wait(1u32);
+        consumer.release_values(memory);
+        // Read again: registers are scarce between.
+        let item = Item::read(memory, consumer.note);
+        consumer.note = next_note(consumer.note);
+        store(out, lse, memory, item, &rows, scalars, config);
     }
+    wgmma::wait(0u32);
 }
 
 /// Where a warpgroup stands in what the producer loads.
@@ -38,6 +47,10 @@ pub(crate) struct Consumer {
     keys: Place,
     values: Place,
     query_parity: u32,
+    /// On the item being computed.
+    pub note: u32,
+    /// The keys whose scores were begun last.
+    begun: KeyTile,
     #[cube(comptime)]
     config: ForwardConfig,
 }
@@ -49,43 +62,47 @@ impl Consumer {
             keys: Place::first(config.tile.stages),
             values: Place::first(config.tile.stages),
             query_parity: 0,
+            note: 0,
+            begun: KeyTile { first: 0, end: 0 },
             config,
         }
     }
 
+    /// Takes the next item: its queries, and the scores of its first tile, which are in flight then.
+    ///
+    /// If there are no `more` items the scores are of old queries and keys, for no one: ptxas keeps
+    /// products in flight only if each path has them.
+    pub fn begin(&mut self, more: bool, memory: Memory) {
+        self.take_queries(more, memory);
+        self.begin_scores(more, memory, 0usize);
+    }
+
     /// Brings `O`, not yet divided by the rows' sums, into the accumulator, and leaves the queries in
-    /// their registers.
+    /// their registers. The product with the last values is in flight then.
     pub fn attend(
         &mut self,
         rows: &mut RowPair,
-        list: &BlockListView,
-        item: Item,
+        tiles: u32,
         memory: Memory,
         scalars: ForwardScalars,
     ) {
-        let config = comptime!(self.config);
-        let tile = comptime!(config.tile);
-        let products = comptime!(tile.products());
-        self.take_queries(memory);
-        wgmma::clear_accumulator(products);
-        if item.tiles > 0 {
-            self.begin_scores(memory, 0usize);
-            wgmma::wait(0u32);
-            self.release_keys(memory);
-            if tile.ahead {
-                self.attend_ahead(rows, list, item, memory, scalars);
-            } else {
-                self.attend_plainly(rows, list, item, memory, scalars);
-            }
-            wgmma::wait(0u32);
-            self.release_values(memory);
+        let tile = comptime!(self.config.tile);
+        wgmma::wait(0u32);
+        wgmma::clear_accumulator(tile.products());
+        self.release_keys(memory);
+        if tile.ahead {
+            self.attend_ahead(rows, tiles, memory, scalars);
+        } else {
+            self.attend_plainly(rows, tiles, memory, scalars);
         }
     }
 
-    /// Brings an item's queries into their registers.
-    pub fn take_queries(&mut self, memory: Memory) {
+    /// Brings the next item's queries into their registers; old ones if there are no `more`.
+    pub fn take_queries(&mut self, more: bool, memory: Memory) {
         let tile = comptime!(self.config.tile);
-        barrier::wait(memory.query_full(), self.query_parity);
+        if more {
+            barrier::wait(memory.query_full(), self.query_parity);
+        }
         self.query_parity ^= 1;
         let warp_rows = memory.queries + UNIT_POS / 32 * comptime!(16 * 128u32);
         wgmma::load_queries(warp_rows, tile.rows(), tile.products());
@@ -116,25 +133,24 @@ impl Consumer {
     fn attend_plainly(
         &mut self,
         rows: &mut RowPair,
-        list: &BlockListView,
-        item: Item,
+        tiles: u32,
         memory: Memory,
         scalars: ForwardScalars,
     ) {
         let config = comptime!(self.config);
-        let scores = take_scores(rows, item.walk.tile(list, 0), scalars, 0usize, config);
+        let scores = take_scores(rows, self.begun, scalars, 0usize, config);
         write_weights(
             &make_weights(rows, &scores, scalars, config),
             config.tile.keys,
         );
-        for t in 1..item.tiles {
-            self.begin_scores(memory, 0usize);
+        for _ in 1..tiles {
+            self.begin_scores(true, memory, 0usize);
             self.begin_accumulate(memory);
             wgmma::wait(1u32);
             self.release_keys(memory);
-            let scores = take_scores(rows, item.walk.tile(list, t), scalars, 0usize, config);
+            let scores = take_scores(rows, self.begun, scalars, 0usize, config);
             let weights = make_weights(rows, &scores, scalars, config);
-            wgmma::compute_before(rows.upper.sum + rows.lower.sum);
+            wgmma::compute_before(u32::reinterpret(rows.upper.sum + rows.lower.sum));
             wgmma::wait(0u32);
             self.release_values(memory);
             rescale(&*rows, config);
@@ -148,22 +164,21 @@ impl Consumer {
     fn attend_ahead(
         &mut self,
         rows: &mut RowPair,
-        list: &BlockListView,
-        item: Item,
+        tiles: u32,
         memory: Memory,
         scalars: ForwardScalars,
     ) {
         let mut t = 0u32;
-        while t + 2 < item.tiles {
-            self.add_tile(rows, list, item, t, memory, scalars, 0usize, true);
-            self.add_tile(rows, list, item, t + 1, memory, scalars, 1usize, true);
+        while t + 2 < tiles {
+            self.add_tile(rows, t, memory, scalars, 0usize, true);
+            self.add_tile(rows, t + 1, memory, scalars, 1usize, true);
             t += 2;
         }
-        if t + 1 < item.tiles {
-            self.add_tile(rows, list, item, t, memory, scalars, 0usize, true);
-            self.add_tile(rows, list, item, t + 1, memory, scalars, 1usize, false);
+        if t + 1 < tiles {
+            self.add_tile(rows, t, memory, scalars, 0usize, true);
+            self.add_tile(rows, t + 1, memory, scalars, 1usize, false);
         } else {
-            self.add_tile(rows, list, item, t, memory, scalars, 0usize, false);
+            self.add_tile(rows, t, memory, scalars, 0usize, false);
         }
     }
 
@@ -173,8 +188,6 @@ impl Consumer {
     fn add_tile(
         &mut self,
         rows: &mut RowPair,
-        list: &BlockListView,
-        item: Item,
         t: u32,
         memory: Memory,
         scalars: ForwardScalars,
@@ -182,10 +195,11 @@ impl Consumer {
         #[comptime] next: bool,
     ) {
         let config = comptime!(self.config);
+        let keys = copy_keys(&self.begun);
         if next {
-            self.begin_scores(memory, comptime!(1 - buffer));
+            self.begin_scores(true, memory, comptime!(1 - buffer));
         }
-        let scores = take_scores(rows, item.walk.tile(list, t), scalars, buffer, config);
+        let scores = take_scores(rows, keys, scalars, buffer, config);
         // The weights of the tile before are in use until its product is done: there are no registers
         // to make new ones beside them.
         wgmma::wait(comptime!(u32::from(next)));
@@ -204,10 +218,16 @@ impl Consumer {
         }
     }
 
-    /// Begins `S = Q K^T` with the next keys, into the registers of `buffer`.
-    fn begin_scores(&self, memory: Memory, #[comptime] buffer: usize) {
+    /// Begins `S = Q K^T` with the next keys, into the registers of `buffer`; with old ones if there are
+    /// no `more`.
+    fn begin_scores(&mut self, more: bool, memory: Memory, #[comptime] buffer: usize) {
         let tile = comptime!(self.config.tile);
-        barrier::wait(memory.key_full(self.keys.stage), self.keys.parity);
+        if more {
+            barrier::wait(memory.key_full(self.keys.stage), self.keys.parity);
+        }
+        let keys = read_keys(memory, self.keys.stage);
+        self.begun.first = keys.first;
+        self.begun.end = keys.end;
         let at = memory.keys + self.keys.stage * comptime!(tile.key_bytes() as u32);
         wgmma::fence();
         wgmma::scores(wgmma::descriptor(at), buffer, tile.products());
@@ -232,7 +252,7 @@ impl Consumer {
     }
 
     /// Hands the values' stage back to the producer.
-    fn release_values(&mut self, memory: Memory) {
+    pub fn release_values(&mut self, memory: Memory) {
         release(memory.value_empty(self.values.stage));
         self.values.advance();
     }

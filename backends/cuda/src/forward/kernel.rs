@@ -5,12 +5,12 @@
 //! it, which is where the speed is.
 
 use cubecl::prelude::*;
-use cubesla_kernels::block_list::{BlockListView, KeyWalk};
+use cubesla_kernels::block_list::{BlockListView, KeyTile, KeyWalk};
 
 use super::config::{Memory, WgmmaTile};
 use super::consumer::consume;
 use super::producer::produce;
-use crate::ptx::{barrier, wgmma};
+use crate::ptx::{barrier, math, wgmma};
 
 /// What the kernel is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,7 +71,7 @@ pub(crate) fn block_sparse_forward_wgmma<F: Float>(
         if comptime!(tile.registers().is_some()) {
             wgmma::grow_registers(comptime!(tile.registers().unwrap().1));
         }
-        consume::<F>(out, list, lse, memory, scalars, config);
+        consume::<F>(out, lse, memory, scalars, config);
     }
 }
 
@@ -97,19 +97,50 @@ pub(crate) struct Item {
     pub batch: u32,
     pub head: u32,
     pub first_query: u32,
-    pub walk: KeyWalk,
     pub tiles: u32,
 }
 
 #[cube]
 impl Item {
+    /// Tells consumers, who then need not read the list: its latency would be theirs.
+    pub fn write(&self, memory: Memory, note: u32) {
+        let mut words = Vector::<u32, Const<4>>::empty();
+        words.insert(0usize, self.batch);
+        words.insert(1usize, self.head);
+        words.insert(2usize, self.first_query);
+        words.insert(3usize, self.tiles);
+        math::store_chunk(memory.item_note(note), words);
+    }
+
+    /// The item of a note.
+    pub fn read(memory: Memory, note: u32) -> Item {
+        let words = math::load_chunk(memory.item_note(note));
+        Item {
+            batch: words.extract(0usize),
+            head: words.extract(1usize),
+            first_query: words.extract(2usize),
+            tiles: words.extract(3usize),
+        }
+    }
+}
+
+/// An item and the keys it walks over: what a producer loads.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Work {
+    pub item: Item,
+    pub walk: KeyWalk,
+}
+
+#[cube]
+impl Work {
     /// The `index`-th of all.
     pub fn new(
         list: &BlockListView,
         index: u32,
         scalars: ForwardScalars,
         #[comptime] config: ForwardConfig,
-    ) -> Item {
+    ) -> Work {
         let rows = comptime!(config.tile.rows() as u32);
         let query_block = index % list.query_blocks;
         let head_index = index / list.query_blocks;
@@ -127,12 +158,41 @@ impl Item {
             block_k: config.block_k,
             cols: config.tile.keys,
         };
-        Item {
+        let item = Item {
             batch: head_index / scalars.heads,
             head: head_index % scalars.heads,
             first_query,
-            walk,
             tiles: walk.tiles(),
+        };
+        Work { item, walk }
+    }
+
+    /// The same with a tile at least, that consumers need not tell apart: past the last key, where
+    /// copies read zeros and every score is masked.
+    pub fn never_empty(self) -> Work {
+        Work {
+            item: Item {
+                batch: self.item.batch,
+                head: self.item.head,
+                first_query: self.item.first_query,
+                tiles: max(self.item.tiles, 1),
+            },
+            walk: self.walk,
         }
+    }
+
+    /// The keys of tile `t`.
+    pub fn tile(&self, list: &BlockListView, t: u32) -> KeyTile {
+        let len = self.walk.key_len;
+        let mut keys = KeyTile {
+            first: len.div_ceil(64) * 64,
+            end: len,
+        };
+        if self.walk.row.count > 0 {
+            let walked = self.walk.tile(list, t);
+            keys.first = walked.first;
+            keys.end = walked.end;
+        }
+        keys
     }
 }

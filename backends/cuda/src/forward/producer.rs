@@ -2,11 +2,11 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::BlockListView;
+use cubesla_kernels::block_list::{BlockListView, KeyTile};
 
-use super::config::{Memory, Place};
-use super::kernel::{ForwardConfig, ForwardScalars, Item};
-use crate::ptx::{barrier, tma};
+use super::config::{Memory, Place, next_note};
+use super::kernel::{ForwardConfig, ForwardScalars, Item, Work};
+use crate::ptx::{barrier, math, tma, value};
 
 /// Loads the queries of each item and the keys and values of each tile as soon as there is room, so
 /// that it runs ahead into the next item while the consumers finish this one.
@@ -23,9 +23,9 @@ pub(crate) fn produce<F: Float>(
     let mut producer = Producer::new(q, k, v, config);
     let mut index = CUBE_POS_X;
     while index < scalars.items {
-        let item = Item::new(list, index, scalars, config);
-        producer.load_queries(item, memory);
-        producer.load_tiles(list, item, memory, scalars);
+        let work = Work::new(list, index, scalars, config).never_empty();
+        producer.load_queries(work.item, memory);
+        producer.load_tiles(list, work, memory, scalars);
         index += CUBE_COUNT_X;
     }
 }
@@ -38,6 +38,7 @@ pub(crate) struct Producer {
     v: u64,
     place: Place,
     query_parity: u32,
+    note: u32,
     #[cube(comptime)]
     config: ForwardConfig,
 }
@@ -56,11 +57,12 @@ impl Producer {
             v: tensor_map_address(v),
             place: Place::first(config.tile.stages),
             query_parity: 0,
+            note: 0,
             config,
         }
     }
 
-    /// Loads an item's queries.
+    /// Loads an item's queries, and tells consumers which item it is.
     pub fn load_queries(&mut self, item: Item, memory: Memory) {
         let tile = comptime!(self.config.tile);
         let source = Source {
@@ -70,6 +72,8 @@ impl Producer {
         // The phase before a barrier's first counts as complete, so the first waits pass.
         barrier::wait(memory.query_empty(), self.query_parity ^ 1);
         self.query_parity ^= 1;
+        item.write(memory, self.note);
+        self.note = next_note(self.note);
         let full = memory.query_full();
         barrier::arrive_expect(full, comptime!(tile.query_bytes() as u32));
         source.load(
@@ -82,11 +86,11 @@ impl Producer {
         );
     }
 
-    /// Loads the keys and values of an item's tiles.
+    /// Loads the keys and values of an item's tiles, and tells consumers which keys they are.
     pub fn load_tiles(
         &mut self,
         list: &BlockListView,
-        item: Item,
+        work: Work,
         memory: Memory,
         scalars: ForwardScalars,
     ) {
@@ -94,12 +98,13 @@ impl Producer {
         let key_bytes = comptime!(tile.key_bytes() as u32);
         let value_bytes = comptime!(tile.value_bytes() as u32);
         let source = Source {
-            head: item.head / scalars.group,
-            batch: item.batch,
+            head: work.item.head / scalars.group,
+            batch: work.item.batch,
         };
-        for t in 0..item.tiles {
-            let keys = item.walk.tile(list, t);
+        for t in 0..work.item.tiles {
+            let keys = work.tile(list, t);
             barrier::wait(memory.key_empty(self.place.stage), self.place.parity ^ 1);
+            write_keys(memory, self.place.stage, keys);
             let full = memory.key_full(self.place.stage);
             barrier::arrive_expect(full, key_bytes);
             let to = memory.keys + self.place.stage * key_bytes;
@@ -136,6 +141,31 @@ impl Producer {
             source.load(to, map, full, row, tile.keys, tile.value_dim);
             self.place.advance();
         }
+    }
+}
+
+/// Tells consumers which keys are in a stage.
+#[cube]
+pub(crate) fn write_keys(memory: Memory, stage: u32, keys: KeyTile) {
+    math::store_pair(memory.key_note(stage), keys.first, keys.end);
+}
+
+/// The keys of a stage that have arrived.
+#[cube]
+pub(crate) fn read_keys(memory: Memory, stage: u32) -> KeyTile {
+    let words = math::load_pair(memory.key_note(stage));
+    KeyTile {
+        first: words.extract(0usize),
+        end: words.extract(1usize),
+    }
+}
+
+/// `keys` as they are now: a variable that holds them may change.
+#[cube]
+pub(crate) fn copy_keys(keys: &KeyTile) -> KeyTile {
+    KeyTile {
+        first: value::<u32>(keys.first),
+        end: value::<u32>(keys.end),
     }
 }
 

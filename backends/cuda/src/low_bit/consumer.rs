@@ -2,24 +2,26 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::{BlockListView, KeyTile};
+use cubesla_kernels::block_list::KeyTile;
 
 use super::config::LowBitConfig;
 use super::epilogue::store;
 use super::kernel::Scales;
+use super::producer::{ScaledKeys, read_keys};
 use super::softmax::{softmax, write_weights};
-use crate::forward::config::{Memory, Place};
+use crate::forward::config::{Memory, Place, next_note};
 use crate::forward::consumer::release;
 use crate::forward::kernel::{ForwardScalars, Item};
 use crate::forward::softmax::RowPair;
 use crate::ptx::{barrier, low_bit, value, wgmma};
 
 /// The loop over items: `S_t = Q K_t^T` and the product of the tile before with its values are in
-/// flight together, and the softmax of the one runs beside the other.
+/// flight together, and the softmax of the one runs beside the other. The first scores of an item are
+/// multiplied while the one before it is being finished and stored.
 #[cube]
 pub(super) fn consume<F: Float>(
     out: &TensorMap<F, Tiled>,
-    list: &BlockListView,
+    query_blocks: u32,
     scales: &Scales,
     lse: &mut [f32],
     memory: Memory,
@@ -31,62 +33,34 @@ pub(super) fn consume<F: Float>(
         keys: Place::first(config.forward.tile.stages),
         values: Place::first(config.forward.tile.stages),
         query_parity: 0,
+        note: 0,
+        begun: ScaledKeys {
+            keys: KeyTile { first: 0, end: 0 },
+            scale: 0.0,
+        },
         config,
     };
     let mut index = CUBE_POS_X;
+    consumer.begin(true, memory);
     while index < scalars.items {
-        let item = Item::new(list, index, scalars, config.forward);
-        let factors = Factors::new(scales, item, index, scalars, config);
+        let item = Item::read(memory, consumer.note);
+        // What turns products of codes into base-2 scores, but for the keys' scale.
+        let factor = scalars.scale * std::f32::consts::LOG2_E * scales.queries[index as usize];
+        let head_index = index / query_blocks;
         let mut rows = RowPair::new(item.first_query);
-        consumer.attend(&mut rows, list, scales, item, factors, memory, scalars);
-        let at = index / list.query_blocks;
-        store(
-            out, lse, scales, memory, item, at, &rows, factors, scalars, config,
-        );
+        consumer.attend(&mut rows, item.tiles, factor, memory, scalars);
         index += CUBE_COUNT_X;
+        consumer.begin(index < scalars.items, memory);
+        wgmma::wait(1u32);
+        consumer.finish(&rows, memory);
+        // Read again: registers are scarce between.
+        let item = Item::read(memory, consumer.note);
+        consumer.note = next_note(consumer.note);
+        store(
+            out, lse, scales, memory, item, head_index, &rows, scalars, config,
+        );
     }
-}
-
-/// Where an item's scales are.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub(super) struct Factors {
-    /// Of the item's queries, with the scale of scores, for base-2 exponentials.
-    pub queries: f32,
-    /// Of the head's first block of keys.
-    pub keys: u32,
-    /// (batch, key head).
-    pub kv_index: u32,
-    #[cube(comptime)]
-    block_k: usize,
-}
-
-#[cube]
-impl Factors {
-    fn new(
-        scales: &Scales,
-        item: Item,
-        index: u32,
-        scalars: ForwardScalars,
-        #[comptime] config: LowBitConfig,
-    ) -> Factors {
-        let heads = scalars.heads / scalars.group;
-        let kv_index = item.batch * heads + item.head / scalars.group;
-        let block_k = comptime!(config.forward.block_k);
-        Factors {
-            queries: scalars.scale * std::f32::consts::LOG2_E * scales.queries[index as usize],
-            keys: kv_index * scalars.key_len.div_ceil(comptime!(block_k as u32)),
-            kv_index,
-            block_k,
-        }
-    }
-
-    /// What turns products of codes with `keys` into base-2 scores: positive, also where it would
-    /// underflow, so that it leaves masked scores below all others.
-    fn of(&self, scales: &Scales, keys: KeyTile) -> f32 {
-        let block = keys.first / comptime!(self.block_k as u32);
-        self.queries * scales.keys[(self.keys + block) as usize] + 1.0e-37
-    }
+    wgmma::wait(0u32);
 }
 
 /// Where a warpgroup stands in what the producer loads.
@@ -95,136 +69,151 @@ struct Consumer {
     keys: Place,
     values: Place,
     query_parity: u32,
+    /// On the item being computed.
+    note: u32,
+    /// The keys whose scores were begun last.
+    begun: ScaledKeys,
     #[cube(comptime)]
     config: LowBitConfig,
 }
 
 #[cube]
 impl Consumer {
-    /// Brings `O`, not yet divided by the rows' sums, into the accumulator.
-    fn attend(
-        &mut self,
-        rows: &mut RowPair,
-        list: &BlockListView,
-        scales: &Scales,
-        item: Item,
-        factors: Factors,
-        memory: Memory,
-        scalars: ForwardScalars,
-    ) {
+    /// Takes the next item: its queries, and the scores of its first tile, which are in flight then; as
+    /// in [`crate::forward`], also if there are no `more`.
+    fn begin(&mut self, more: bool, memory: Memory) {
         let config = comptime!(self.config);
-        let tile = comptime!(config.forward.tile);
-        let products = comptime!(config.products());
-        barrier::wait(memory.query_full(), self.query_parity);
+        if more {
+            barrier::wait(memory.query_full(), self.query_parity);
+        }
         self.query_parity ^= 1;
         let warp_rows = memory.queries + UNIT_POS / 32 * comptime!(16 * 128u32);
-        low_bit::load_queries(warp_rows, tile.rows(), products);
+        low_bit::load_queries(warp_rows, config.forward.tile.rows(), config.products());
         sync_plane();
         if UNIT_POS_PLANE == 0 {
             barrier::arrive(memory.query_empty());
         }
+        self.begin_scores(more, memory);
+    }
+
+    /// Brings `O`, not yet divided by the rows' sums, into the accumulator, but for the product with
+    /// the last values, which is in flight then.
+    fn attend(
+        &mut self,
+        rows: &mut RowPair,
+        tiles: u32,
+        factor: f32,
+        memory: Memory,
+        scalars: ForwardScalars,
+    ) {
+        let config = comptime!(self.config);
+        let products = comptime!(config.products());
+        wgmma::wait(0u32);
         low_bit::clear_accumulator(products);
+        self.release_keys(memory);
+        let weights = softmax(rows, self.begun.keys, self.factor(factor), scalars, config);
+        write_weights(&weights, config);
+        // Corrections that belong to the product in registers `par`: zeros to begin with.
+        let mut upper = f32::new(0.0);
+        let mut lower = f32::new(0.0);
+        if config.fp8 {
+            low_bit::clear_product(products);
+        }
 
-        if item.tiles > 0 {
-            let keys = item.walk.tile(list, 0);
-            let factor = factors.of(scales, keys);
-            barrier::wait(memory.key_full(self.keys.stage), self.keys.parity);
-            wgmma::fence();
-            begin_scores(memory, &self.keys, config);
-            let next = item.walk.tile(list, min(1, item.tiles - 1));
-            let mut next_first = next.first;
-            let mut next_end = next.end;
-            let mut next_factor = factors.of(scales, next);
-            wgmma::wait(0u32);
-            release(memory.key_empty(self.keys.stage));
-            self.keys.advance();
-            let weights = softmax(rows, keys, factor, scalars, config);
-            write_weights(&weights, config);
-            // Corrections that belong to the product in registers `par`: zeros to begin with.
-            let mut upper = f32::new(0.0);
-            let mut lower = f32::new(0.0);
+        for _ in 1..tiles {
+            self.begin_scores(true, memory);
             if config.fp8 {
-                low_bit::clear_product(products);
-            }
-
-            for t in 1..item.tiles {
-                let keys = KeyTile {
-                    first: value::<u32>(next_first),
-                    end: value::<u32>(next_end),
-                };
-                let factor = value::<f32>(next_factor);
-                barrier::wait(memory.key_full(self.keys.stage), self.keys.parity);
-                wgmma::fence();
-                begin_scores(memory, &self.keys, config);
-                if config.fp8 {
-                    // Beside the product that was begun, as is the look ahead below.
-                    low_bit::promote(upper, lower, products);
-                    upper = value::<f32>(rows.upper.correction);
-                    lower = value::<f32>(rows.lower.correction);
-                }
-                barrier::wait(memory.value_full(self.values.stage), self.values.parity);
-                wgmma::fence();
-                begin_values(memory, &self.values, config);
-                let next = item.walk.tile(list, min(t + 1, item.tiles - 1));
-                next_first = next.first;
-                next_end = next.end;
-                next_factor = factors.of(scales, next);
-                wgmma::wait(1u32);
-                release(memory.key_empty(self.keys.stage));
-                self.keys.advance();
-
-                let weights = softmax(rows, keys, factor, scalars, config);
-                wgmma::compute_before(rows.upper.sum + rows.lower.sum);
-                wgmma::wait(0u32);
-                release(memory.value_empty(self.values.stage));
-                self.values.advance();
-                if comptime!(!config.fp8) {
-                    if plane_any(rows.upper.correction != 1.0 || rows.lower.correction != 1.0) {
-                        low_bit::scale_accumulator(
-                            rows.upper.correction,
-                            rows.lower.correction,
-                            products,
-                        );
-                    }
-                }
-                write_weights(&weights, config);
-            }
-
-            if config.fp8 {
+                // Beside the product that was begun.
                 low_bit::promote(upper, lower, products);
+                upper = value::<f32>(rows.upper.correction);
+                lower = value::<f32>(rows.lower.correction);
             }
-            barrier::wait(memory.value_full(self.values.stage), self.values.parity);
-            wgmma::fence();
-            begin_values(memory, &self.values, config);
+            self.begin_values(memory);
+            wgmma::wait(1u32);
+            self.release_keys(memory);
+
+            let weights = softmax(rows, self.begun.keys, self.factor(factor), scalars, config);
+            wgmma::compute_before(u32::reinterpret(rows.upper.sum + rows.lower.sum));
             wgmma::wait(0u32);
-            release(memory.value_empty(self.values.stage));
-            self.values.advance();
-            if config.fp8 {
-                low_bit::promote(rows.upper.correction, rows.lower.correction, products);
+            self.release_values(memory);
+            if comptime!(!config.fp8) {
+                if plane_any(rows.upper.correction != 1.0 || rows.lower.correction != 1.0) {
+                    low_bit::scale_accumulator(
+                        rows.upper.correction,
+                        rows.lower.correction,
+                        products,
+                    );
+                }
             }
+            write_weights(&weights, config);
+        }
+
+        if config.fp8 {
+            low_bit::promote(upper, lower, products);
+        }
+        self.begin_values(memory);
+    }
+
+    /// Takes an item's last product, which is done, into the accumulator.
+    fn finish(&mut self, rows: &RowPair, memory: Memory) {
+        let config = comptime!(self.config);
+        self.release_values(memory);
+        if config.fp8 {
+            let (upper, lower) = (rows.upper.correction, rows.lower.correction);
+            low_bit::promote(upper, lower, config.products());
         }
     }
-}
 
-/// Begins `S = Q K^T` with the keys at `place`.
-#[cube]
-fn begin_scores(memory: Memory, place: &Place, #[comptime] config: LowBitConfig) {
-    let at = memory.keys + place.stage * comptime!(config.forward.tile.key_bytes() as u32);
-    low_bit::scores(wgmma::descriptor(at), comptime!(config.products()));
-    wgmma::commit();
-}
-
-/// Begins `P V`, or `O += P V` in 16 bits, with the values at `place`.
-#[cube]
-fn begin_values(memory: Memory, place: &Place, #[comptime] config: LowBitConfig) {
-    let keys = comptime!(config.forward.tile.keys);
-    let at = memory.values + place.stage * comptime!(config.value_bytes() as u32);
-    if comptime!(config.fp8) {
-        let values = low_bit::descriptor_values(at, keys);
-        low_bit::multiply_values(values, comptime!(config.products()));
-    } else {
-        let values = wgmma::descriptor_transposed(at, keys);
-        low_bit::accumulate(values, comptime!(config.products()));
+    /// What turns products of codes with the keys begun last into base-2 scores: positive, also where
+    /// it would underflow, so that it leaves masked scores below all others.
+    fn factor(&self, queries: f32) -> f32 {
+        queries * self.begun.scale + 1.0e-37
     }
-    wgmma::commit();
+
+    /// Begins `S = Q K^T` with the next keys; with old ones if there are no `more`.
+    fn begin_scores(&mut self, more: bool, memory: Memory) {
+        let config = comptime!(self.config);
+        let stage = self.keys.stage;
+        if more {
+            barrier::wait(memory.key_full(stage), self.keys.parity);
+        }
+        let begun = read_keys(memory, stage);
+        self.begun.keys.first = begun.keys.first;
+        self.begun.keys.end = begun.keys.end;
+        self.begun.scale = begun.scale;
+        let at = memory.keys + stage * comptime!(config.forward.tile.key_bytes() as u32);
+        wgmma::fence();
+        low_bit::scores(wgmma::descriptor(at), config.products());
+        wgmma::commit();
+    }
+
+    /// Begins `P V`, or `O += P V` in 16 bits, with the next values.
+    fn begin_values(&self, memory: Memory) {
+        let config = comptime!(self.config);
+        let keys = comptime!(config.forward.tile.keys);
+        let stage = self.values.stage;
+        barrier::wait(memory.value_full(stage), self.values.parity);
+        let at = memory.values + stage * comptime!(config.value_bytes() as u32);
+        wgmma::fence();
+        if comptime!(config.fp8) {
+            let values = low_bit::descriptor_values(at, keys);
+            low_bit::multiply_values(values, config.products());
+        } else {
+            let values = wgmma::descriptor_transposed(at, keys);
+            low_bit::accumulate(values, config.products());
+        }
+        wgmma::commit();
+    }
+
+    /// Hands the keys' stage back to the producer.
+    fn release_keys(&mut self, memory: Memory) {
+        release(memory.key_empty(self.keys.stage));
+        self.keys.advance();
+    }
+
+    /// Hands the values' stage back to the producer.
+    fn release_values(&mut self, memory: Memory) {
+        release(memory.value_empty(self.values.stage));
+        self.values.advance();
+    }
 }

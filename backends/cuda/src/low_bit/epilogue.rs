@@ -3,7 +3,6 @@
 use cubecl::prelude::*;
 
 use super::config::LowBitConfig;
-use super::consumer::Factors;
 use super::kernel::Scales;
 use super::softmax::FP8_SHIFT;
 use crate::forward::config::Memory;
@@ -22,14 +21,14 @@ pub(super) fn store(
     item: Item,
     head_index: u32,
     rows: &RowPair,
-    factors: Factors,
     scalars: ForwardScalars,
     #[comptime] config: LowBitConfig,
 ) {
     let upper_sum = quad_sum(rows.upper.sum);
     let lower_sum = quad_sum(rows.lower.sum);
     let staging = begin_staging(memory, config.forward);
-    let first_scale = factors.kv_index * comptime!(config.forward.tile.value_dim as u32);
+    let kv_index = item.batch * (scalars.heads / scalars.group) + item.head / scalars.group;
+    let first_scale = kv_index * comptime!(config.forward.tile.value_dim as u32);
     stage_accumulator(
         staging,
         inverse(upper_sum),

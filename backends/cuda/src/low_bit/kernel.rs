@@ -41,13 +41,13 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
             wgmma::shrink_registers(comptime!(config.registers().unwrap().0));
         }
         if UNIT_POS == consumers * 128 {
-            produce::<V>(q, k, v, list, memory, scalars, config);
+            produce::<V>(q, k, v, list, scales, memory, scalars, config);
         }
     } else {
         if comptime!(config.registers().is_some()) {
             wgmma::grow_registers(comptime!(config.registers().unwrap().1));
         }
-        consume::<F>(out, list, scales, lse, memory, scalars, config);
+        consume::<F>(out, list.query_blocks, scales, lse, memory, scalars, config);
     }
 }
 

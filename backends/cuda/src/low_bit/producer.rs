@@ -2,13 +2,14 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::BlockListView;
+use cubesla_kernels::block_list::{BlockListView, KeyTile};
 
 use super::config::LowBitConfig;
-use crate::forward::config::{Memory, Place};
-use crate::forward::kernel::{ForwardScalars, Item};
+use super::kernel::Scales;
+use crate::forward::config::{Memory, Place, next_note};
+use crate::forward::kernel::{ForwardScalars, Work};
 use crate::forward::producer::Source;
-use crate::ptx::{barrier, tma};
+use crate::ptx::{barrier, math, tma};
 
 /// Loads the queries of each item and the keys and values of each tile as soon as there is room.
 #[cube]
@@ -17,6 +18,7 @@ pub(super) fn produce<V: Numeric>(
     k: &TensorMap<u32, Tiled>,
     v: &TensorMap<V, Tiled>,
     list: &BlockListView,
+    scales: &Scales,
     memory: Memory,
     scalars: ForwardScalars,
     #[comptime] config: LowBitConfig,
@@ -28,11 +30,15 @@ pub(super) fn produce<V: Numeric>(
     let mut place = Place::first(tile.stages);
     // The phase before a barrier's first counts as complete, so the first waits pass.
     let mut query_parity = 1u32;
+    let mut note = 0u32;
     let mut index = CUBE_POS_X;
     while index < scalars.items {
-        let item = Item::new(list, index, scalars, config.forward);
+        let work = Work::new(list, index, scalars, config.forward).never_empty();
+        let item = work.item;
         barrier::wait(memory.query_empty(), query_parity);
         query_parity ^= 1;
+        item.write(memory, note);
+        note = next_note(note);
         let full = memory.query_full();
         barrier::arrive_expect(full, comptime!(tile.query_bytes() as u32));
         tma::load(
@@ -48,9 +54,20 @@ pub(super) fn produce<V: Numeric>(
             head: item.head / scalars.group,
             batch: item.batch,
         };
+        let key_blocks = scalars
+            .key_len
+            .div_ceil(comptime!(config.forward.block_k as u32));
+        let heads = scalars.heads / scalars.group;
+        let first_scale = (source.batch * heads + source.head) * key_blocks;
         for t in 0..item.tiles {
-            let keys = item.walk.tile(list, t);
+            let keys = work.tile(list, t);
             barrier::wait(memory.key_empty(place.stage), place.parity ^ 1);
+            let block = keys.first / comptime!(config.forward.block_k as u32);
+            let mut scale = f32::new(0.0);
+            if block < key_blocks {
+                scale = scales.keys[(first_scale + block) as usize];
+            }
+            write_keys(memory, place.stage, keys, scale);
             let full = memory.key_full(place.stage);
             barrier::arrive_expect(full, comptime!(tile.key_bytes() as u32));
             let to = memory.keys + place.stage * comptime!(tile.key_bytes() as u32);
@@ -69,5 +86,36 @@ pub(super) fn produce<V: Numeric>(
             place.advance();
         }
         index += CUBE_COUNT_X;
+    }
+}
+
+/// Keys of a stage, and their scale.
+#[derive(CubeType)]
+pub(super) struct ScaledKeys {
+    pub keys: KeyTile,
+    pub scale: f32,
+}
+
+/// Tells consumers which keys are in a stage.
+#[cube]
+fn write_keys(memory: Memory, stage: u32, keys: KeyTile, scale: f32) {
+    let mut words = Vector::<u32, Const<4>>::empty();
+    words.insert(0usize, keys.first);
+    words.insert(1usize, keys.end);
+    words.insert(2usize, u32::reinterpret(scale));
+    words.insert(3usize, 0u32);
+    math::store_chunk(memory.key_note(stage), words);
+}
+
+/// The keys of a stage that have arrived.
+#[cube]
+pub(super) fn read_keys(memory: Memory, stage: u32) -> ScaledKeys {
+    let words = math::load_chunk(memory.key_note(stage));
+    ScaledKeys {
+        keys: KeyTile {
+            first: words.extract(0usize),
+            end: words.extract(1usize),
+        },
+        scale: f32::reinterpret(words.extract(2usize)),
     }
 }

@@ -139,7 +139,8 @@ fn stage(to: u32, values: &Array<f32>, #[comptime] group: usize, #[comptime] til
             let row = warp_row + lane / 4 + comptime!((i % 2 * 8) as u32);
             let column = comptime!((16 * group + i / 2 * 8) as u32) + lane % 4 * 2;
             let at = to + row * 128 + ((column / 4) ^ (row % 8)) * 16 + column % 4 * 4;
-            math::store_pair(at, values[comptime!(2 * i)], values[comptime!(2 * i + 1)]);
+            let (low, high) = (values[comptime!(2 * i)], values[comptime!(2 * i + 1)]);
+            math::store_pair(at, u32::reinterpret(low), u32::reinterpret(high));
         }
     } else {
         let format = comptime!(if tile.dtype == DType::BF16 {

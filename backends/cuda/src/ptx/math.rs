@@ -79,12 +79,21 @@ pub(crate) fn store_chunk(to: u32, words: Vector<u32, Const<4>>) {
     gpu_asm!("st.shared.v4.b32 [{to}], {words};", to = in(_) to, words = in(_) words);
 }
 
+/// Loads 8 bytes from shared memory.
+#[cube]
+pub(crate) fn load_pair(from: u32) -> Vector<u32, Const<2>> {
+    let from = value::<u32>(from);
+    let words: Vector<u32, Const<2>>;
+    gpu_asm!("ld.shared.v2.b32 {words}, [{from}];", words = out(_) words, from = in(_) from);
+    words
+}
+
 /// Stores 8 bytes to shared memory.
 #[cube]
-pub(crate) fn store_pair(to: u32, low: f32, high: f32) {
-    let (to, low, high) = (value::<u32>(to), value::<f32>(low), value::<f32>(high));
+pub(crate) fn store_pair(to: u32, low: u32, high: u32) {
+    let (to, low, high) = (value::<u32>(to), value::<u32>(low), value::<u32>(high));
     gpu_asm!(
-        "st.shared.v2.f32 [{to}], {{{low}, {high}}};",
+        "st.shared.v2.b32 [{to}], {{{low}, {high}}};",
         to = in(_) to, low = in(_) low, high = in(_) high
     );
 }

@@ -194,17 +194,19 @@ pub(crate) fn read_score_step(
     read_eight(comptime!(score_buffer(buffer)), group)
 }
 
-/// Lets nothing that `sums` depends on be computed later than here.
+/// Lets nothing that `bits` depends on be computed later than here. The sign bit of `bits` is 0, as
+/// weights are never negative.
 ///
-/// An instruction under a condition on them that never holds, as they are never negative: without it
-/// ptxas moves the arithmetic of a tile behind the wait that it is meant to overlap with. It is one
-/// that ends nothing: with a `trap` ptxas does not believe in registers beyond an even share.
+/// An instruction under a condition that never holds: without it ptxas moves the arithmetic of a tile
+/// behind the wait that it is meant to overlap with. It is one that ends nothing, as with a `trap`
+/// ptxas does not believe in registers beyond an even share; and a condition on bits, as ptxas knows
+/// itself that sums of exponentials are not negative.
 #[cube]
-pub(crate) fn compute_before(sums: f32) {
-    let sums = value::<f32>(sums);
+pub(crate) fn compute_before(bits: u32) {
+    let bits = value::<u32>(bits);
     gpu_asm!(
-        "{{ .reg .pred p; setp.lt.f32 p, {sums}, 0f00000000; @p nanosleep.u32 1; }}",
-        sums = in(_) sums
+        "{{ .reg .pred p; setp.eq.u32 p, {bits}, 0xFFFFFFFF; @p nanosleep.u32 1; }}",
+        bits = in(_) bits
     );
 }
 

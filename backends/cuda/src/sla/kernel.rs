@@ -6,9 +6,9 @@ use cubesla_kernels::block_list::BlockListView;
 use cubesla_kernels::linear::FeatureMap;
 
 use super::epilogue::{Epilogue, finish};
-use crate::forward::config::{Memory, tile_bytes};
+use crate::forward::config::{Memory, next_note, tile_bytes};
 use crate::forward::consumer::Consumer;
-use crate::forward::kernel::{ForwardConfig, ForwardScalars, Item, init_barriers};
+use crate::forward::kernel::{ForwardConfig, ForwardScalars, Item, Work, init_barriers};
 use crate::forward::producer::{Producer, Source};
 use crate::forward::softmax::RowPair;
 use crate::ptx::{barrier, linear, wgmma};
@@ -211,12 +211,13 @@ pub(crate) fn sla_forward_wgmma<F: Float>(
             }
             let mut index = CUBE_POS_X;
             while index < items.items {
-                let item = Item::new(list, index, items, forward);
+                let work = Work::new(list, index, items, forward).never_empty();
+                let item = work.item;
                 producer.load_queries(item, memory);
                 if config.given {
                     producer.load_rows(tensor_map_address(sparse), item, memory);
                 } else {
-                    producer.load_tiles(list, item, memory, items);
+                    producer.load_tiles(list, work, memory, items);
                 }
                 let place = StatePlace::new(list, item, items, config);
                 let source = Source {
@@ -252,14 +253,21 @@ pub(crate) fn sla_forward_wgmma<F: Float>(
         };
         let mut index = CUBE_POS_X;
         while index < items.items {
-            let item = Item::new(list, index, items, forward);
+            if config.given {
+                consumer.take_queries(true, memory);
+            } else {
+                consumer.begin(true, memory);
+            }
+            let item = Item::read(memory, consumer.note);
+            consumer.note = next_note(consumer.note);
             let place = StatePlace::new(list, item, items, config);
             let mut rows = RowPair::new(item.first_query);
             if config.given {
-                consumer.take_queries(memory);
                 consumer.take_rows(memory);
             } else {
-                consumer.attend(&mut rows, list, item, memory, items);
+                consumer.attend(&mut rows, item.tiles, memory, items);
+                wgmma::wait(0u32);
+                consumer.release_values(memory);
             }
             finish(
                 &mut epilogue,
