@@ -387,7 +387,7 @@ impl Walk {
         wgmma::fence();
         backward::key_probability_gradients(values, wgmma::descriptor(grads), rows, products);
         wgmma::commit();
-        wgmma::accumulate(wgmma::descriptor_transposed(grads, rows), products);
+        wgmma::accumulate(wgmma::descriptor_transposed(grads, rows), false, products);
         wgmma::commit();
         wgmma::wait(1u32);
         let gradients = make_score_gradients(&weights, deltas, config);

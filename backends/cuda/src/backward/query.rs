@@ -240,7 +240,11 @@ fn add_tile(
         wgmma::write_probability_step(words, step);
     }
     wgmma::fence();
-    wgmma::accumulate(wgmma::descriptor_transposed(keys, tile.keys), products);
+    wgmma::accumulate(
+        wgmma::descriptor_transposed(keys, tile.keys),
+        false,
+        products,
+    );
     wgmma::commit();
     place.advance();
 }

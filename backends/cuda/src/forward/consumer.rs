@@ -2,12 +2,11 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::KeyTile;
 
 use super::config::{Memory, Place, next_note};
 use super::epilogue::{load_accumulator, store};
 use super::kernel::{ForwardConfig, ForwardScalars, Item};
-use super::producer::{copy_keys, read_keys};
+use super::producer::{Keys, read_keys};
 use super::softmax::{RowPair, make_weights, take_scores};
 use crate::ptx::{barrier, wgmma};
 
@@ -50,7 +49,7 @@ pub(crate) struct Consumer {
     /// On the item being computed.
     pub note: u32,
     /// The keys whose scores were begun last.
-    begun: KeyTile,
+    begun: Keys,
     #[cube(comptime)]
     config: ForwardConfig,
 }
@@ -63,7 +62,7 @@ impl Consumer {
             values: Place::first(config.tile.stages),
             query_parity: 0,
             note: 0,
-            begun: KeyTile { first: 0, end: 0 },
+            begun: Keys { first: 0, count: 0 },
             config,
         }
     }
@@ -86,11 +85,9 @@ impl Consumer {
         memory: Memory,
         scalars: ForwardScalars,
     ) {
-        let tile = comptime!(self.config.tile);
         wgmma::wait(0u32);
-        wgmma::clear_accumulator(tile.products());
         self.release_keys(memory);
-        if tile.ahead {
+        if comptime!(self.config.tile.ahead) {
             self.attend_ahead(rows, tiles, memory, scalars);
         } else {
             self.attend_plainly(rows, tiles, memory, scalars);
@@ -143,9 +140,9 @@ impl Consumer {
             &make_weights(rows, &scores, scalars, config),
             config.tile.keys,
         );
-        for _ in 1..tiles {
+        for t in 1..tiles {
             self.begin_scores(true, memory, 0usize);
-            self.begin_accumulate(memory);
+            self.begin_accumulate(t == 1, memory);
             wgmma::wait(1u32);
             self.release_keys(memory);
             let scores = take_scores(rows, self.begun, scalars, 0usize, config);
@@ -156,7 +153,7 @@ impl Consumer {
             rescale(&*rows, config);
             write_weights(&weights, config.tile.keys);
         }
-        self.begin_accumulate(memory);
+        self.begin_accumulate(tiles == 1, memory);
     }
 
     /// As [`attend_plainly`](Self::attend_plainly); `S_{t+1} = Q K_{t+1}^T` is in flight too, into
@@ -195,7 +192,7 @@ impl Consumer {
         #[comptime] next: bool,
     ) {
         let config = comptime!(self.config);
-        let keys = copy_keys(&self.begun);
+        let keys = self.begun.copy();
         if next {
             self.begin_scores(true, memory, comptime!(1 - buffer));
         }
@@ -205,13 +202,13 @@ impl Consumer {
         wgmma::wait(comptime!(u32::from(next)));
         if t > 0 {
             self.release_values(memory);
+            rescale(&*rows, config);
         }
-        rescale(&*rows, config);
         write_weights(
             &make_weights(rows, &scores, scalars, config),
             config.tile.keys,
         );
-        self.begin_accumulate(memory);
+        self.begin_accumulate(t == 0, memory);
         if next {
             wgmma::wait(1u32);
             self.release_keys(memory);
@@ -227,21 +224,21 @@ impl Consumer {
         }
         let keys = read_keys(memory, self.keys.stage);
         self.begun.first = keys.first;
-        self.begun.end = keys.end;
+        self.begun.count = keys.count;
         let at = memory.keys + self.keys.stage * comptime!(tile.key_bytes() as u32);
         wgmma::fence();
         wgmma::scores(wgmma::descriptor(at), buffer, tile.products());
         wgmma::commit();
     }
 
-    /// Begins `O += P V` with the next values.
-    fn begin_accumulate(&self, memory: Memory) {
+    /// Begins `O += P V` with the next values; `O = P V` with `anew`.
+    fn begin_accumulate(&self, anew: bool, memory: Memory) {
         let tile = comptime!(self.config.tile);
         barrier::wait(memory.value_full(self.values.stage), self.values.parity);
         let at = memory.values + self.values.stage * comptime!(tile.value_bytes() as u32);
         wgmma::fence();
         let values = wgmma::descriptor_transposed(at, tile.keys);
-        wgmma::accumulate(values, tile.products());
+        wgmma::accumulate(values, anew, tile.products());
         wgmma::commit();
     }
 

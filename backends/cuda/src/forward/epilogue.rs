@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::config::Memory;
 use super::kernel::{ForwardConfig, ForwardScalars, Item};
-use super::softmax::{Row, RowPair, quad_sum};
+use super::softmax::{Row, RowPair, quad_sum, upper_query};
 use crate::ptx::{barrier, math, tma, wgmma};
 
 /// Normalises the accumulator, and stores it and the log-sum-exp.
@@ -73,23 +73,32 @@ pub(crate) fn store_lse(
     if UNIT_POS % 4 == 0 {
         let head_index = (item.batch * scalars.heads + item.head) as usize;
         let first = head_index * scalars.query_len as usize;
-        store_row_lse(lse, first, &rows.upper, upper_sum, scalars);
-        store_row_lse(lse, first, &rows.lower, lower_sum, scalars);
+        let query = upper_query(item.first_query);
+        store_row_lse(lse, first, query, &rows.upper, upper_sum, scalars);
+        store_row_lse(lse, first, query + 8, &rows.lower, lower_sum, scalars);
     }
 }
 
 /// `ln(sum) + max`, which is `-inf` for a row that saw no key.
 #[cube]
-fn store_row_lse(lse: &mut [f32], first: usize, row: &Row, sum: f32, scalars: ForwardScalars) {
-    if row.query < scalars.query_len {
-        lse[first + row.query as usize] = row.max * scalars.scale + sum.ln();
+fn store_row_lse(
+    lse: &mut [f32],
+    first: usize,
+    query: u32,
+    row: &Row,
+    sum: f32,
+    scalars: ForwardScalars,
+) {
+    if query < scalars.query_len {
+        lse[first + query as usize] =
+            row.max * scalars.scale + math::log2(sum) * std::f32::consts::LN_2;
     }
 }
 
 /// 0 for a row that saw no key; NaN stays NaN.
 #[cube]
 pub(crate) fn inverse(sum: f32) -> f32 {
-    select(sum == 0.0, 0.0f32, 1.0 / sum)
+    select(sum == 0.0, 0.0f32, math::reciprocal(sum))
 }
 
 /// Writes the accumulator, scaled and rounded, to the warpgroup's staging tile.

@@ -104,7 +104,7 @@ impl Producer {
         for t in 0..work.item.tiles {
             let keys = work.tile(list, t);
             barrier::wait(memory.key_empty(self.place.stage), self.place.parity ^ 1);
-            write_keys(memory, self.place.stage, keys);
+            write_keys(memory, self.place.stage, Keys::new(keys));
             let full = memory.key_full(self.place.stage);
             barrier::arrive_expect(full, key_bytes);
             let to = memory.keys + self.place.stage * key_bytes;
@@ -144,28 +144,47 @@ impl Producer {
     }
 }
 
+/// Keys of a tile as consumers know them.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Keys {
+    pub first: u32,
+    /// How many are visible, at most those of the tile; the rest are another block's, or do not exist.
+    pub count: u32,
+}
+
+#[cube]
+impl Keys {
+    pub fn new(tile: KeyTile) -> Keys {
+        let first = tile.first;
+        Keys {
+            first,
+            count: max(tile.end, first) - first,
+        }
+    }
+
+    /// The keys as they are now: a variable that holds them may change.
+    pub fn copy(&self) -> Keys {
+        Keys {
+            first: value::<u32>(self.first),
+            count: value::<u32>(self.count),
+        }
+    }
+}
+
 /// Tells consumers which keys are in a stage.
 #[cube]
-pub(crate) fn write_keys(memory: Memory, stage: u32, keys: KeyTile) {
-    math::store_pair(memory.key_note(stage), keys.first, keys.end);
+fn write_keys(memory: Memory, stage: u32, keys: Keys) {
+    math::store_pair(memory.key_note(stage), keys.first, keys.count);
 }
 
 /// The keys of a stage that have arrived.
 #[cube]
-pub(crate) fn read_keys(memory: Memory, stage: u32) -> KeyTile {
+pub(crate) fn read_keys(memory: Memory, stage: u32) -> Keys {
     let words = math::load_pair(memory.key_note(stage));
-    KeyTile {
+    Keys {
         first: words.extract(0usize),
-        end: words.extract(1usize),
-    }
-}
-
-/// `keys` as they are now: a variable that holds them may change.
-#[cube]
-pub(crate) fn copy_keys(keys: &KeyTile) -> KeyTile {
-    KeyTile {
-        first: value::<u32>(keys.first),
-        end: value::<u32>(keys.end),
+        count: words.extract(1usize),
     }
 }
 

@@ -6,9 +6,9 @@
 //! few times a row instead of once a tile. Weights then reach 2^8, which f16 and f32 sums hold.
 
 use cubecl::prelude::*;
-use cubesla_kernels::block_list::KeyTile;
 
 use super::kernel::{ForwardConfig, ForwardScalars};
+use super::producer::Keys;
 use crate::ptx::{math, wgmma};
 
 /// Below every score, above every masked score: see `cubesla_kernels::softmax`.
@@ -21,7 +21,6 @@ const SLACK: f32 = 8.0;
 /// One row: the maximum in use of its unscaled scores, and the sum of the unit's own weights.
 #[derive(CubeType)]
 pub(crate) struct Row {
-    pub query: u32,
     pub max: f32,
     pub sum: f32,
     /// Factor that brings what was accumulated before the last tile to its maximum.
@@ -30,9 +29,8 @@ pub(crate) struct Row {
 
 #[cube]
 impl Row {
-    fn new(query: u32) -> Row {
+    fn new() -> Row {
         Row {
-            query,
             max: FLOOR,
             sum: 0.0,
             correction: 1.0,
@@ -56,6 +54,8 @@ impl Row {
 /// The two rows that a unit holds, 8 apart.
 #[derive(CubeType)]
 pub(crate) struct RowPair {
+    /// The upper one's query.
+    pub query: u32,
     pub upper: Row,
     pub lower: Row,
 }
@@ -64,19 +64,25 @@ pub(crate) struct RowPair {
 impl RowPair {
     /// The unit's rows of the query block that begins at `first_query`.
     pub fn new(first_query: u32) -> RowPair {
-        let query = first_query + UNIT_POS / 32 * 16 + UNIT_POS % 32 / 4;
         RowPair {
-            upper: Row::new(query),
-            lower: Row::new(query + 8),
+            query: upper_query(first_query),
+            upper: Row::new(),
+            lower: Row::new(),
         }
     }
+}
+
+/// The unit's upper row of the query block that begins at `first_query`.
+#[cube]
+pub(crate) fn upper_query(first_query: u32) -> u32 {
+    first_query + UNIT_POS / 32 * 16 + UNIT_POS % 32 / 4
 }
 
 /// The scores in the registers of `buffer`, masked; the rows' maxima take them into account.
 #[cube]
 pub(crate) fn take_scores(
     rows: &mut RowPair,
-    keys: KeyTile,
+    keys: Keys,
     scalars: ForwardScalars,
     #[comptime] buffer: usize,
     #[comptime] config: ForwardConfig,
@@ -144,23 +150,25 @@ pub(crate) fn make_weights(
 pub(crate) fn mask(
     scores: &mut Array<f32>,
     rows: &RowPair,
-    keys: KeyTile,
+    keys: Keys,
     lowest: f32,
     scalars: ForwardScalars,
     #[comptime] config: ForwardConfig,
 ) {
-    let end = keys.first + comptime!(config.tile.keys as u32);
-    let mut partial = keys.end < end;
+    let tile_keys = comptime!(config.tile.keys as u32);
+    let mut partial = keys.count < tile_keys;
     if config.causal {
-        partial = partial || end as i32 > rows.upper.query as i32 + scalars.causal_shift + 1;
+        let end = keys.first + tile_keys;
+        partial = partial || end as i32 > rows.query as i32 + scalars.causal_shift + 1;
     }
     if plane_any(partial) {
         #[unroll]
         for i in 0..comptime!(config.tile.keys / 2) {
-            let key = keys.first + comptime!((i / 4 * 8 + i % 2) as u32) + UNIT_POS % 4 * 2;
-            let mut visible = key < keys.end;
+            let at = comptime!((i / 4 * 8 + i % 2) as u32) + UNIT_POS % 4 * 2;
+            let mut visible = at < keys.count;
             if config.causal {
-                let query = rows.upper.query + comptime!((i / 2 % 2 * 8) as u32);
+                let query = rows.query + comptime!((i / 2 % 2 * 8) as u32);
+                let key = keys.first + at;
                 visible = visible && key as i32 <= query as i32 + scalars.causal_shift;
             }
             scores[i] = select(visible, scores[i], lowest);

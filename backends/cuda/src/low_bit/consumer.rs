@@ -2,7 +2,6 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::KeyTile;
 
 use super::config::LowBitConfig;
 use super::epilogue::store;
@@ -12,6 +11,7 @@ use super::softmax::{softmax, write_weights};
 use crate::forward::config::{Memory, Place, next_note};
 use crate::forward::consumer::release;
 use crate::forward::kernel::{ForwardScalars, Item};
+use crate::forward::producer::Keys;
 use crate::forward::softmax::RowPair;
 use crate::ptx::{barrier, low_bit, value, wgmma};
 
@@ -35,7 +35,7 @@ pub(super) fn consume<F: Float>(
         query_parity: 0,
         note: 0,
         begun: ScaledKeys {
-            keys: KeyTile { first: 0, end: 0 },
+            keys: Keys { first: 0, count: 0 },
             scale: 0.0,
         },
         config,
@@ -109,7 +109,9 @@ impl Consumer {
         let config = comptime!(self.config);
         let products = comptime!(config.products());
         wgmma::wait(0u32);
-        low_bit::clear_accumulator(products);
+        if config.fp8 {
+            low_bit::clear_accumulator(products);
+        }
         self.release_keys(memory);
         let weights = softmax(rows, self.begun.keys, self.factor(factor), scalars, config);
         write_weights(&weights, config);
@@ -120,7 +122,7 @@ impl Consumer {
             low_bit::clear_product(products);
         }
 
-        for _ in 1..tiles {
+        for t in 1..tiles {
             self.begin_scores(true, memory);
             if config.fp8 {
                 // Beside the product that was begun.
@@ -128,7 +130,7 @@ impl Consumer {
                 upper = value::<f32>(rows.upper.correction);
                 lower = value::<f32>(rows.lower.correction);
             }
-            self.begin_values(memory);
+            self.begin_values(t == 1, memory);
             wgmma::wait(1u32);
             self.release_keys(memory);
 
@@ -151,7 +153,7 @@ impl Consumer {
         if config.fp8 {
             low_bit::promote(upper, lower, products);
         }
-        self.begin_values(memory);
+        self.begin_values(tiles == 1, memory);
     }
 
     /// Takes an item's last product, which is done, into the accumulator.
@@ -179,7 +181,7 @@ impl Consumer {
         }
         let begun = read_keys(memory, stage);
         self.begun.keys.first = begun.keys.first;
-        self.begun.keys.end = begun.keys.end;
+        self.begun.keys.count = begun.keys.count;
         self.begun.scale = begun.scale;
         let at = memory.keys + stage * comptime!(config.forward.tile.key_bytes() as u32);
         wgmma::fence();
@@ -187,8 +189,8 @@ impl Consumer {
         wgmma::commit();
     }
 
-    /// Begins `P V`, or `O += P V` in 16 bits, with the next values.
-    fn begin_values(&self, memory: Memory) {
+    /// Begins `P V`, or `O += P V` in 16 bits, with the next values; `O = P V` with `anew`.
+    fn begin_values(&self, anew: bool, memory: Memory) {
         let config = comptime!(self.config);
         let keys = comptime!(config.forward.tile.keys);
         let stage = self.values.stage;
@@ -200,7 +202,7 @@ impl Consumer {
             low_bit::multiply_values(values, config.products());
         } else {
             let values = wgmma::descriptor_transposed(at, keys);
-            low_bit::accumulate(values, config.products());
+            low_bit::accumulate(values, anew, config.products());
         }
         wgmma::commit();
     }

@@ -8,7 +8,7 @@ use super::softmax::FP8_SHIFT;
 use crate::forward::config::Memory;
 use crate::forward::epilogue::{begin_staging, inverse, stage_group, store_staged};
 use crate::forward::kernel::{ForwardScalars, Item};
-use crate::forward::softmax::{Row, RowPair, quad_sum};
+use crate::forward::softmax::{Row, RowPair, quad_sum, upper_query};
 use crate::ptx::{math, wgmma};
 
 /// Normalises the accumulator, and stores it and the log-sum-exp of the `head_index`-th (batch, head).
@@ -40,8 +40,27 @@ pub(super) fn store(
     store_staged(out, staging, item, config.forward);
     if UNIT_POS % 4 == 0 {
         let first = head_index as usize * scalars.query_len as usize;
-        store_row_lse(lse, scales, first, &rows.upper, upper_sum, scalars, config);
-        store_row_lse(lse, scales, first, &rows.lower, lower_sum, scalars, config);
+        let query = upper_query(item.first_query);
+        store_row_lse(
+            lse,
+            scales,
+            first + query as usize,
+            query < scalars.query_len,
+            &rows.upper,
+            upper_sum,
+            scalars,
+            config,
+        );
+        store_row_lse(
+            lse,
+            scales,
+            first + query as usize + 8,
+            query + 8 < scalars.query_len,
+            &rows.lower,
+            lower_sum,
+            scalars,
+            config,
+        );
     }
 }
 
@@ -50,16 +69,16 @@ pub(super) fn store(
 fn store_row_lse(
     lse: &mut [f32],
     scales: &Scales,
-    first: usize,
+    at: usize,
+    exists: bool,
     row: &Row,
     sum: f32,
     scalars: ForwardScalars,
     #[comptime] config: LowBitConfig,
 ) {
-    if row.query < scalars.query_len {
-        let at = first + row.query as usize;
+    if exists {
         let top = comptime!(if config.fp8 { FP8_SHIFT } else { 0.0 });
-        let smoothed = (row.max - top) * std::f32::consts::LN_2 + sum.ln();
+        let smoothed = (row.max - top + math::log2(sum)) * std::f32::consts::LN_2;
         lse[at] = smoothed + scalars.scale * scales.shift[at];
     }
 }

@@ -2,13 +2,13 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::{BlockListView, KeyTile};
+use cubesla_kernels::block_list::BlockListView;
 
 use super::config::LowBitConfig;
 use super::kernel::Scales;
 use crate::forward::config::{Memory, Place, next_note};
 use crate::forward::kernel::{ForwardScalars, Work};
-use crate::forward::producer::Source;
+use crate::forward::producer::{Keys, Source};
 use crate::ptx::{barrier, math, tma};
 
 /// Loads the queries of each item and the keys and values of each tile as soon as there is room.
@@ -67,7 +67,7 @@ pub(super) fn produce<V: Numeric>(
             if block < key_blocks {
                 scale = scales.keys[(first_scale + block) as usize];
             }
-            write_keys(memory, place.stage, keys, scale);
+            write_keys(memory, place.stage, Keys::new(keys), scale);
             let full = memory.key_full(place.stage);
             barrier::arrive_expect(full, comptime!(tile.key_bytes() as u32));
             let to = memory.keys + place.stage * comptime!(tile.key_bytes() as u32);
@@ -92,16 +92,16 @@ pub(super) fn produce<V: Numeric>(
 /// Keys of a stage, and their scale.
 #[derive(CubeType)]
 pub(super) struct ScaledKeys {
-    pub keys: KeyTile,
+    pub keys: Keys,
     pub scale: f32,
 }
 
 /// Tells consumers which keys are in a stage.
 #[cube]
-fn write_keys(memory: Memory, stage: u32, keys: KeyTile, scale: f32) {
+fn write_keys(memory: Memory, stage: u32, keys: Keys, scale: f32) {
     let mut words = Vector::<u32, Const<4>>::empty();
     words.insert(0usize, keys.first);
-    words.insert(1usize, keys.end);
+    words.insert(1usize, keys.count);
     words.insert(2usize, u32::reinterpret(scale));
     words.insert(3usize, 0u32);
     math::store_chunk(memory.key_note(stage), words);
@@ -112,9 +112,9 @@ fn write_keys(memory: Memory, stage: u32, keys: KeyTile, scale: f32) {
 pub(super) fn read_keys(memory: Memory, stage: u32) -> ScaledKeys {
     let words = math::load_chunk(memory.key_note(stage));
     ScaledKeys {
-        keys: KeyTile {
+        keys: Keys {
             first: words.extract(0usize),
-            end: words.extract(1usize),
+            count: words.extract(1usize),
         },
         scale: f32::reinterpret(words.extract(2usize)),
     }

@@ -3,8 +3,8 @@
 //! As in [`crate::forward`], but that each tile of keys has a scale of its own, so maxima are those of
 //! scaled scores, and that FP8 weights are relative to the largest score so far, as they saturate.
 
+use crate::forward::producer::Keys;
 use cubecl::prelude::*;
-use cubesla_kernels::block_list::KeyTile;
 
 use super::config::LowBitConfig;
 use crate::forward::kernel::ForwardScalars;
@@ -22,7 +22,7 @@ pub(super) const FP8_SHIFT: f32 = 8.807_355;
 #[cube]
 pub(super) fn softmax(
     rows: &mut RowPair,
-    keys: KeyTile,
+    keys: Keys,
     factor: f32,
     scalars: ForwardScalars,
     #[comptime] config: LowBitConfig,

@@ -121,6 +121,7 @@ pub(crate) fn accumulate_key_gradient(queries: u64, #[comptime] products: Produc
     let p = products;
     add_product(
         queries,
+        false,
         "dka",
         "dsc",
         p.head_dim,

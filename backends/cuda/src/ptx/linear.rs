@@ -113,6 +113,7 @@ pub(crate) fn project(weights: u64, #[comptime] products: Products) {
     let p = products;
     add_product(
         weights,
+        false,
         "acc",
         "lin",
         p.value_dim,

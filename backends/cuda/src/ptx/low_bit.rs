@@ -139,11 +139,12 @@ fn product_text(
     text + "}"
 }
 
-/// Begins `acc += P V` with `P` the registers `prb`, 16 bits, and `V` the tile that `values` describes.
+/// Begins `acc += P V` with `P` the registers `prb`, 16 bits, and `V` the tile that `values` describes;
+/// `acc = P V` with `anew`.
 #[cube]
-pub(crate) fn accumulate(values: u64, #[comptime] p: LowBitProducts) {
+pub(crate) fn accumulate(values: u64, anew: bool, #[comptime] p: LowBitProducts) {
     let format = comptime!(p.format.unwrap());
-    add_product(values, "acc", "prb", p.value_dim, p.keys, format);
+    add_product(values, anew, "acc", "prb", p.value_dim, p.keys, format);
 }
 
 /// `acc = acc factor + par`, with a factor to each of the unit's two rows.

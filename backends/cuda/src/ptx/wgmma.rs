@@ -127,12 +127,14 @@ fn scores_text(p: Products, to: &str) -> String {
     text + "}"
 }
 
-/// Begins `acc += P V` with `P` the registers `prb` and `V` the tile that `values` describes.
+/// Begins `acc += P V` with `P` the registers `prb` and `V` the tile that `values` describes; `acc = P V`
+/// with `anew`.
 #[cube]
-pub(crate) fn accumulate(values: u64, #[comptime] products: Products) {
+pub(crate) fn accumulate(values: u64, anew: bool, #[comptime] products: Products) {
     let p = products;
     add_product(
         values,
+        anew,
         "acc",
         "prb",
         p.value_dim,
@@ -142,10 +144,11 @@ pub(crate) fn accumulate(values: u64, #[comptime] products: Products) {
 }
 
 /// Begins `to += left B`, `columns` wide, with `left` an A operand of `depth` columns and `B` the tile
-/// of `depth` rows that `tile`, transposed, describes.
+/// of `depth` rows that `tile`, transposed, describes; `to = left B` with `anew`.
 #[cube]
 pub(super) fn add_product(
     tile: u64,
+    anew: bool,
     #[comptime] to: &'static str,
     #[comptime] left: &'static str,
     #[comptime] columns: usize,
@@ -153,20 +156,24 @@ pub(super) fn add_product(
     #[comptime] format: &'static str,
 ) {
     let tile = value::<u64>(tile);
+    let anew = value::<u32>(u32::cast_from(anew));
     let text = comptime!(add_product_text(to, left, columns, depth, format));
-    gpu_asm!("/* {tile} */ {text}", tile = in(_) tile);
+    gpu_asm!("/* {tile} {anew} */ {text}", tile = in(_) tile, anew = in(_) anew);
 }
 
 fn add_product_text(to: &str, left: &str, columns: usize, depth: usize, format: &str) -> String {
-    let mut text = String::from("{ .reg .pred more; setp.ne.b32 more, 1, 0; .reg .u64 b; ");
+    let mut text = String::from(
+        "{ .reg .pred first, more; setp.eq.b32 first, %1, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
+    );
     for step in 0..depth / 16 {
         // 16 rows of 128 bytes are 2048 bytes.
         text += &format!(
             "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{format}.{format} \
-             {}, {}, b, more, 1, 1, 1; ",
+             {}, {}, b, {}, 1, 1, 1; ",
             step * 128,
             list(to, 0..columns / 2),
             list(left, 4 * step..4 * step + 4),
+            if step == 0 { "first" } else { "more" },
         );
     }
     text + "}"
