@@ -24,6 +24,9 @@ Usage: cargo xtask <command>
   test [args]        run all tests, on a GPU or on software Vulkan, then `cuda`
   cuda [part]        compile the CUDA kernels for each architecture, with no GPU, and judge them;
                      parts are attention, sla, selection and low-bits
+  application [features]
+                     run tests/application, an application of Burn outside the workspace: by default
+                     with wgpu, then with Burn's fusion too; `cuda,fusion` on a GPU of NVIDIA's
   ci [--after-test]  run `test` unless it was run, then format, lints, documentation, links, and the
                      tests of Burn with fusion
 
@@ -58,6 +61,8 @@ fn run() -> Result {
         ("test", args) => test(args),
         ("cuda", []) => cuda::check(None),
         ("cuda", [part]) => cuda::check(Some(part)),
+        ("application", []) => application(&["wgpu", "wgpu,fusion"]),
+        ("application", [features]) => application(&[features]),
         ("ci", []) => {
             test(&[])?;
             checks()
@@ -69,6 +74,21 @@ fn run() -> Result {
         }
         _ => Err(format!("cannot do `{command} {}`\n\n{USAGE}", args.join(" ")).into()),
     }
+}
+
+/// Runs the application once with each list of features.
+fn application(features: &[&str]) -> Result {
+    device::ensure(false)?;
+    for list in features {
+        let manifest = ["--manifest-path", "tests/application/Cargo.toml"];
+        step::run(
+            cargo("run")
+                .args(manifest)
+                .args(["--features", list])
+                .env("CARGO_TARGET_DIR", workspace::target()?.join("application")),
+        )?;
+    }
+    Ok(())
 }
 
 fn test(args: &[String]) -> Result {

@@ -7,6 +7,7 @@
 
 mod key;
 mod query;
+mod walk;
 
 use std::fmt;
 

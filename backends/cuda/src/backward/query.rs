@@ -170,7 +170,7 @@ fn load_rows(memory: Memory, extra: GradMemory, parity: u32, #[comptime] config:
     barrier::wait(extra.full, parity);
     backward::load_gradients(extra.grads + warp_rows, tile.rows(), tile.products());
     sync_plane();
-    if UNIT_POS_PLANE == 0 {
+    if UNIT_POS % 32 == 0 {
         barrier::arrive(memory.query_empty());
         barrier::arrive(extra.empty);
     }

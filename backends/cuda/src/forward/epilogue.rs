@@ -152,7 +152,7 @@ pub(crate) fn load_accumulator(from: u32, #[comptime] config: ForwardConfig) {
 /// Where the unit's row of columns `16 group..16 group + 16` lies in a tile of 64 rows.
 #[cube]
 fn group_address(tile: u32, #[comptime] group: usize) -> u32 {
-    let lane = UNIT_POS_PLANE;
+    let lane = UNIT_POS % 32;
     let row = UNIT_POS % 128 / 32 * 16 + lane % 16;
     let chunk = comptime!((group % 4 * 2) as u32) + lane / 16;
     let box_start = comptime!((group / 4 * 64 * 128) as u32);

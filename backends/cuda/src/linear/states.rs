@@ -202,8 +202,8 @@ fn begin_product(stage: u32, ring: Ring, #[comptime] tile: StateTile) {
 #[cube]
 fn store_sums(h: &mut [f32], z: &mut [f32], state: usize, #[comptime] tile: StateTile) {
     let dim = comptime!(tile.head_dim as u32);
-    let row = UNIT_POS / 32 * 16 + UNIT_POS_PLANE / 4;
-    let column = UNIT_POS_PLANE % 4 * 2;
+    let row = UNIT_POS / 32 * 16 + UNIT_POS % 32 / 4;
+    let column = UNIT_POS % 32 % 4 * 2;
     #[unroll]
     for group in 0..comptime!(tile.products().value_dim / 16) {
         let sums = wgmma::read_accumulator(group);

@@ -178,7 +178,7 @@ fn sum_pair(
 /// The unit's upper row among those of the cube's tile; its lower one is 8 further.
 #[cube]
 pub(crate) fn unit_row() -> u32 {
-    UNIT_POS / 32 * 16 + UNIT_POS_PLANE / 4
+    UNIT_POS / 32 * 16 + UNIT_POS % 32 / 4
 }
 
 /// Begins the product of a stage's rows of this warpgroup with its `half`-th columns.

@@ -132,7 +132,7 @@ impl Columns {
 #[cube]
 fn stage(to: u32, values: &Array<f32>, #[comptime] group: usize, #[comptime] tile: MatmulTile) {
     let warp_row = UNIT_POS % 128 / 32 * 16;
-    let lane = UNIT_POS_PLANE;
+    let lane = UNIT_POS % 32;
     if comptime!(tile.dtype == DType::F32) {
         #[unroll]
         for i in 0..4usize {

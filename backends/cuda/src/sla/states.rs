@@ -212,8 +212,8 @@ fn store_state(
     let dim = comptime!(tile.head_dim as u32);
     let width = comptime!(tile.value_dim as u32);
     let warpgroup = UNIT_POS / 128;
-    let row = UNIT_POS / 32 * 16 + UNIT_POS_PLANE / 4;
-    let column = UNIT_POS_PLANE % 4 * 2;
+    let row = UNIT_POS / 32 * 16 + UNIT_POS % 32 / 4;
+    let column = UNIT_POS % 32 % 4 * 2;
     let staging = out + warpgroup * comptime!(config.out_bytes() as u32);
     #[unroll]
     for group in 0..comptime!(products.value_dim / 16) {
