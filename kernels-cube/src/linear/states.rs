@@ -67,7 +67,8 @@ impl StatesPlan {
                 engine: EngineKind::Mma,
                 tile: Tile {
                     rows,
-                    cols: 32,
+                    // Fewer waits for loads, where two cubes still share a multiprocessor.
+                    cols: if head_dim > 128 { 32 } else { 64 },
                     units: 2 * rows,
                 },
                 width: widest(if head_dim > 128 { 64 } else { 128 }),
