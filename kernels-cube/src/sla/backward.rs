@@ -290,7 +290,7 @@ fn cube_sum(x: f32) -> f32 {
     for step in 0..comptime!(UNITS.ilog2() as usize) {
         let half = comptime!(UNITS >> (step + 1));
         if unit < half {
-            partial[unit] = partial[unit] + partial[unit + half];
+            partial[unit] += partial[unit + half];
         }
         sync_cube();
     }
