@@ -97,7 +97,9 @@ fn compile_both_branches(client: &Client, attention: AttentionCase) {
                 precision: Precision::Full,
             };
             let (inputs, grad_out) = (case.inputs(), attention.grad_out());
-            case.run_backward(client, &inputs, &grad_out);
+            for (plan, _) in case.run_backward_all(client, &inputs, &grad_out) {
+                println!("{} {linear:?}: backward of SLA {plan}", attention.dtype);
+            }
             if combine != Combine::Sla {
                 SoftCase(case).run(client, &inputs, &grad_out);
             }

@@ -111,14 +111,15 @@ def sla_sparse(sla):
     return make
 
 
-def gradients(forward, inputs):
-    """The backward alone of `forward`, whose graph is kept."""
+def gradients(forward, inputs, weights=()):
+    """The backward alone of `forward`, whose graph is kept, for inputs and weights."""
     for x in inputs:
         x.requires_grad_()
     with torch.enable_grad():
         out = forward(*inputs)
     grad = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    of = [*inputs, *weights]
+    return lambda: torch.autograd.grad(out, of, grad, retain_graph=True)
 
 
 def sdpa_backward(backend):
@@ -153,13 +154,27 @@ def sla_router(sla):
     return make
 
 
+def new_module(sla, size):
+    return sla.module(
+        head_dim=size[3], topk=kept(95), feature_map="softmax", BLKQ=BLOCK_Q, BLKK=BLOCK_K
+    ).cuda()
+
+
 def sla_module(sla):
     def make(size):
         q, k, v = qkv(size)
-        module = sla.module(
-            head_dim=size[3], topk=kept(95), feature_map="softmax", BLKQ=BLOCK_Q, BLKK=BLOCK_K
-        ).cuda()
+        module = new_module(sla, size)
         return lambda: module(q, k, v)
+
+    return make
+
+
+def sla_module_backward(sla):
+    """Of the inputs and the projection; nothing flows into the router."""
+
+    def make(size):
+        module = new_module(sla, size)
+        return gradients(module, qkv(size), module.parameters())
 
     return make
 
@@ -292,11 +307,15 @@ def jobs(sla, series):
         case = name("linear", "softmax", size)
         yield case, "torch-eager", qkv_bytes(size), lambda size=size: linear(size)
         if sla:
-            router, module = sla_router(sla), sla_module(sla)
+            router, module, backward = sla_router(sla), sla_module(sla), sla_module_backward(sla)
             case = name("route", "95", size)
             yield case, "sla-block-map", qkv_bytes(size), lambda size=size: router(size)
             case = name("sla_forward", "95-global", size)
             yield case, "sla-module", qkv_bytes(size), lambda size=size: module(size)
+            # SLA's, whose branches are those of SLA2, is the peer of both.
+            for operation in ("sla_backward", "sla2_backward"):
+                case = name(operation, "95-global", size)
+                yield case, "sla-module", qkv_bytes(size), lambda size=size: backward(size)
     for rows, length, k in TOP_K:
         case = f"top_k/k{k}/r{rows}n{length}/f32"
         inputs = (rows, length, k)

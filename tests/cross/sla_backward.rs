@@ -105,7 +105,11 @@ fn head_dimensions_and_blocks() {
         (128, 128, 128, 64),
         (72, 160, 48, 80),
     ] {
-        for combine in [Combine::Sla, Combine::OneLogit] {
+        for (combine, linear) in [
+            (Combine::Sla, LinearMode::Complement),
+            (Combine::OneLogit, LinearMode::Complement),
+            (Combine::OneLogit, LinearMode::Global),
+        ] {
             check(SlaCase {
                 attention: AttentionCase {
                     query_len: 50,
@@ -121,8 +125,40 @@ fn head_dimensions_and_blocks() {
                     ..AttentionCase::default()
                 },
                 combine,
+                linear,
                 ..SlaCase::default()
             });
+        }
+    }
+}
+
+/// Blocks that Hopper's engine takes, with grouped heads and lengths that divide nothing.
+#[test]
+fn every_engine_in_both_modes() {
+    for (head_dim, block_q, block_k) in [(64, 128, 64), (128, 64, 128)] {
+        for linear in [LinearMode::Complement, LinearMode::Global] {
+            for combine in [Combine::Sla, Combine::LogitPerBlock] {
+                check(SlaCase {
+                    attention: AttentionCase {
+                        query_heads: 4,
+                        kv_heads: 2,
+                        query_len: 150,
+                        key_len: 600,
+                        head_dim,
+                        value_dim: head_dim,
+                        options: AttentionOptions {
+                            block_q,
+                            block_k,
+                            ..AttentionOptions::default()
+                        },
+                        lists: Lists::TopK(2),
+                        ..AttentionCase::default()
+                    },
+                    linear,
+                    combine,
+                    ..SlaCase::default()
+                });
+            }
         }
     }
 }
@@ -130,7 +166,7 @@ fn head_dimensions_and_blocks() {
 #[test]
 fn strided_inputs_without_a_copy() {
     for combine in [Combine::Sla, Combine::LogitPerBlock] {
-        check(SlaCase {
+        let case = SlaCase {
             attention: AttentionCase {
                 batch: 2,
                 query_heads: 4,
@@ -140,6 +176,11 @@ fn strided_inputs_without_a_copy() {
             },
             combine,
             ..SlaCase::default()
+        };
+        check(case);
+        check(SlaCase {
+            linear: LinearMode::Global,
+            ..case
         });
     }
 }
@@ -170,11 +211,17 @@ fn large_scores_stay_finite() {
 fn two_runs_are_bit_equal() {
     let client = client();
     for dtype in dtypes(&client) {
-        for attention in [AttentionCase::default(), few(600)] {
+        let (complement, global) = (LinearMode::Complement, LinearMode::Global);
+        for (attention, linear) in [
+            (AttentionCase::default(), complement),
+            (few(600), complement),
+            (few(600), global),
+        ] {
             for combine in [Combine::Sla, Combine::OneLogit] {
                 let case = SlaCase {
                     attention,
                     combine,
+                    linear,
                     ..SlaCase::default()
                 }
                 .with_dtype(dtype);
@@ -198,6 +245,7 @@ proptest! {
         density in 0.0..0.6f64,
         negligible in prop_oneof![Just(None), (0.0..0.5f64).prop_map(Some)],
         phi in prop_oneof![Just(FeatureMap::Softmax), Just(FeatureMap::EluPlusOne)],
+        linear in prop_oneof![Just(LinearMode::Complement), Just(LinearMode::Global)],
         combine in prop_oneof![Just(Combine::Sla), Just(Combine::LogitPerHead)],
         strided in any::<bool>(),
         seed in any::<u64>(),
@@ -216,6 +264,7 @@ proptest! {
             },
             negligible,
             phi,
+            linear,
             combine,
             ..SlaCase::default()
         });

@@ -65,7 +65,8 @@ fn check(case: SlaCase) {
             let grad_out = case.attention.grad_out();
             let gradients = case.run_backward(&client, &inputs, &grad_out);
             let forward = Forward { out: sparse, lse };
-            case.check_gradients_of(&forward, &inputs, &grad_out, &gradients);
+            let by = "the public call";
+            case.check_gradients_of(&forward, &inputs, &grad_out, &gradients, by);
             let again = case.run_backward(&client, &inputs, &grad_out);
             assert!(gradients == again, "two runs of {case:?}");
         }

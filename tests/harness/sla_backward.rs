@@ -1,9 +1,11 @@
 //! Gradients of the SLA operations, run on the device and through the reference.
 
+use cubesla::plan::SlaBackwardPlan;
 use cubesla::{
-    Client, DType, LinearMode, SlaBackwardOptions, SlaInputs, download, sla_backward,
-    sla2_backward, upload,
+    AttentionProblem, Client, DType, LinearMode, SlaBackwardOptions, SlaInputs, download,
+    sla_backward, sla2_backward, upload,
 };
+use cubesla_kernels::sla::{Combination, CombinationGradients, SlaBackward};
 use cubesla_reference::attention::Causal;
 use cubesla_reference::{Tensor, attention, linear, relative_error, sla};
 
@@ -23,6 +25,35 @@ impl SlaCase {
         client: &Client,
         inputs: &Inputs,
         grad_out: &[f32],
+    ) -> Vec<Vec<f32>> {
+        self.run_backward_by(client, inputs, grad_out, None)
+    }
+
+    /// The same with every engine that can: the library's choice first, then each slower one's plan.
+    pub fn run_backward_all(
+        &self,
+        client: &Client,
+        inputs: &Inputs,
+        grad_out: &[f32],
+    ) -> Vec<(SlaBackwardPlan, Vec<Vec<f32>>)> {
+        let case = &self.attention;
+        let ([q, k, v], _) = case.upload_inputs(client, inputs);
+        let problem = AttentionProblem::new(&q, &k, &v, &case.options).expect("a valid problem");
+        let plans = SlaBackwardPlan::all(&problem, client.properties()).expect("a plan");
+        let run = |(at, plan): (usize, SlaBackwardPlan)| {
+            let by = (at > 0).then_some(&plan);
+            let grads = self.run_backward_by(client, inputs, grad_out, by);
+            (plan, grads)
+        };
+        plans.into_iter().enumerate().map(run).collect()
+    }
+
+    fn run_backward_by(
+        &self,
+        client: &Client,
+        inputs: &Inputs,
+        grad_out: &[f32],
+        plan: Option<&SlaBackwardPlan>,
     ) -> Vec<Vec<f32>> {
         let case = &self.attention;
         let (tensors, critical) = case.upload_inputs(client, inputs);
@@ -47,11 +78,46 @@ impl SlaCase {
         };
         let weights = self.weights();
         let dv = case.value_dim;
+        let wl = upload(client, &weights.wl, [dv, dv], DType::F32).expect("a matrix");
+        let bl = upload(client, &weights.bl, [dv], DType::F32).expect("a vector");
+        let logits = upload(client, &weights.logits, self.logit_shape(), DType::F32);
+        let logits = logits.expect("logits");
         poison(client, case.q_shape().iter().product::<usize>() * 4);
         let read = |x: &_| download(client, x).expect("the launch to succeed");
+        if let Some(plan) = plan {
+            let problem = AttentionProblem::new(q, k, v, &case.options).expect("a valid problem");
+            let combination = match self.combine {
+                Combine::Sla => Combination::Sla { wl: &wl, bl: &bl },
+                _ => Combination::Sla2 {
+                    alpha_logit: &logits,
+                },
+            };
+            let given = SlaBackward {
+                combination,
+                phi: self.phi,
+                mode: self.linear,
+                saved: &saved,
+                grad_out: &grad_out,
+            };
+            let grads = plan
+                .launch(client, &problem, inputs, given)
+                .expect("a valid launch");
+            let of_inputs = grads.inputs;
+            let mut all: Vec<_> = [&of_inputs.dq, &of_inputs.dk, &of_inputs.dv]
+                .map(read)
+                .into();
+            match grads.weights {
+                CombinationGradients::Sla { wl, bl } => {
+                    all.push(download(client, &wl).expect("the launch to succeed"));
+                    all.push(download(client, &bl).expect("the launch to succeed"));
+                }
+                CombinationGradients::Sla2 { alpha_logit } => {
+                    all.push(download(client, &alpha_logit).expect("the launch to succeed"));
+                }
+            }
+            return all;
+        }
         if self.combine == Combine::Sla {
-            let wl = upload(client, &weights.wl, [dv, dv], DType::F32).expect("a matrix");
-            let bl = upload(client, &weights.bl, [dv], DType::F32).expect("a vector");
             let grads = sla_backward(client, inputs, &saved, &wl, &bl, &grad_out, &options)
                 .expect("a valid backward");
             let mut all: Vec<_> = [&grads.dq, &grads.dk, &grads.dv].map(read).into();
@@ -59,8 +125,6 @@ impl SlaCase {
             all.push(download(client, &grads.dbl).expect("the launch to succeed"));
             return all;
         }
-        let logits = upload(client, &weights.logits, self.logit_shape(), DType::F32);
-        let logits = logits.expect("logits");
         let grads = sla2_backward(client, inputs, &saved, &logits, &grad_out, &options)
             .expect("a valid backward");
         let mut all: Vec<_> = [&grads.dq, &grads.dk, &grads.dv].map(read).into();
@@ -128,20 +192,22 @@ impl SlaCase {
         (factor * epsilon(case.dtype) * terms.sqrt() / size).max(1e-5)
     }
 
-    /// Runs the case and compares every gradient with the reference by the error rules.
+    /// Runs the case with every engine and compares every gradient with the reference by the error
+    /// rules.
     pub fn check_backward(&self, client: &Client) {
         let inputs = self.inputs();
         let grad_out = self.attention.grad_out();
-        let found = self.run_backward(client, &inputs, &grad_out);
-        self.check_gradients(&inputs, &grad_out, &found);
+        for (plan, found) in self.run_backward_all(client, &inputs, &grad_out) {
+            self.check_gradients(&inputs, &grad_out, &found, &plan.to_string());
+        }
     }
 
     /// Compares `found` with the reference by the error rules.
-    pub fn check_gradients(&self, inputs: &Inputs, grad_out: &[f32], found: &[Vec<f32>]) {
+    pub fn check_gradients(&self, inputs: &Inputs, grad_out: &[f32], found: &[Vec<f32>], by: &str) {
         let ([q, k, v], critical) = self.attention.reference_inputs(inputs);
         let scale = self.attention.scale();
         let sparse = attention::forward(&q, &k, &v, &critical, scale, Causal::None);
-        self.check_gradients_of(&sparse, inputs, grad_out, found);
+        self.check_gradients_of(&sparse, inputs, grad_out, found, by);
     }
 
     /// Compares `found` with the reference by the error rules, where `sparse` is what the forward's
@@ -152,6 +218,7 @@ impl SlaCase {
         inputs: &Inputs,
         grad_out: &[f32],
         found: &[Vec<f32>],
+        by: &str,
     ) {
         let case = &self.attention;
         let (dtype, scale, none) = (case.dtype, case.scale(), Causal::None);
@@ -192,7 +259,7 @@ impl SlaCase {
             let error = relative_error(&wide(found), exact.data());
             assert!(
                 error <= bound,
-                "{}: {error:.2e} > {bound:.2e} in {self:?}",
+                "{}: {error:.2e} > {bound:.2e} by {by} in {self:?}",
                 NAMES[at]
             );
         }

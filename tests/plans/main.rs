@@ -8,8 +8,10 @@ use cubecl::ir::{
     DeviceIdentity, DeviceProperties, ElemType, FloatKind, HardwareProperties,
     MemoryDeviceProperties,
 };
-use cubesla::plan::{ForwardPlan, MatmulPlan};
-use cubesla::{AttentionProblem, DType, Format, Granularity, LowBitForm, MatmulProblem};
+use cubesla::plan::{ForwardPlan, MatmulPlan, SlaBackwardPlan};
+use cubesla::{
+    AttentionOptions, AttentionProblem, DType, Format, Granularity, LowBitForm, MatmulProblem,
+};
 
 /// A device as far as plans look at it.
 struct Profile {
@@ -206,15 +208,67 @@ fn with_formats(format: Format, dtype: DType) -> MatmulProblem {
     MatmulProblem { dtype, ..problem }
 }
 
+fn find(name: &str) -> &'static Profile {
+    PROFILES
+        .iter()
+        .find(|profile| profile.name == name)
+        .unwrap()
+}
+
+#[test]
+fn the_backward_of_sla_has_the_engine_that_can_run_it() {
+    let plans = |device: &str, dtype, value_dim| {
+        let shape = |dim| [1, 2, 256, dim];
+        let options = AttentionOptions::default();
+        let (qk, v) = (shape(128), shape(value_dim));
+        let problem = AttentionProblem::from_shapes(qk, qk, v, dtype, &options).unwrap();
+        let plans = SlaBackwardPlan::all(&problem, &find(device).properties()).unwrap();
+        let first = SlaBackwardPlan::new(&problem, &find(device).properties()).unwrap();
+        assert_eq!(first, plans[0]);
+        plans
+            .iter()
+            .map(SlaBackwardPlan::to_string)
+            .collect::<Vec<_>>()
+    };
+    let hopper = plans("H200", DType::BF16, 128);
+    assert_eq!(
+        hopper[0],
+        "wgmma dq 128x64, 3 stages; dk dv 64x128, 3 stages"
+    );
+    assert!(hopper[1].starts_with("mma dq"), "{hopper:?}");
+    assert!(hopper[2].starts_with("simt dq"), "{hopper:?}");
+    for (device, dtype, value_dim, engine, reason) in [
+        (
+            "A100",
+            DType::BF16,
+            128,
+            "mma",
+            "wgmma needs compute capability 9.0",
+        ),
+        (
+            "H200",
+            DType::F32,
+            128,
+            "simt",
+            "wgmma multiplies 16-bit elements",
+        ),
+        (
+            "H200",
+            DType::F16,
+            64,
+            "mma",
+            "both accumulators fit the registers for D = Dv up to 128",
+        ),
+    ] {
+        let plan = &plans(device, dtype, value_dim)[0];
+        assert!(plan.starts_with(&format!("{engine} dq")), "{plan}");
+        assert!(plan.ends_with(&format!("(not wgmma: {reason})")), "{plan}");
+    }
+}
+
 #[test]
 fn products_have_the_engine_that_can_run_them() {
     use Granularity::{Block, Column, Group, Row, Tensor};
-    let find = |name| {
-        PROFILES
-            .iter()
-            .find(|profile| profile.name == name)
-            .unwrap()
-    };
     let hopper = find("H200").properties();
     let takes = |problem: MatmulProblem, expected: &str| {
         assert_eq!(MatmulPlan::new(&problem, &hopper).to_string(), expected);

@@ -15,9 +15,11 @@ use cubecl::ir::DeviceProperties;
 use cubesla_kernels::attention::{
     self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LowBitFormats,
 };
-use cubesla_kernels::linear::FeatureMap;
-use cubesla_kernels::sla::{self, Combination, LinearMode, Precision, SlaInputs, SlaOutput};
-use cubesla_kernels::{AttentionProblem, ProblemError};
+use cubesla_kernels::linear::{FeatureMap, Gradients};
+use cubesla_kernels::sla::{
+    self, Combination, LinearMode, Precision, SlaBackward, SlaGradients, SlaInputs, SlaOutput,
+};
+use cubesla_kernels::{AttentionProblem, DType, ProblemError};
 
 /// How block-sparse attention's forward is run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -397,6 +399,88 @@ impl fmt::Display for BackwardPlan {
             Self::Wgmma(plan) => write!(f, "{plan}"),
             Self::Tile(plan) => write!(f, "{plan}"),
         }
+    }
+}
+
+/// How the backward of SLA and SLA2 is run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlaBackwardPlan {
+    /// Of the sparse branch; the portable kernels of the linear branch choose their own tiles.
+    pub sparse: BackwardPlan,
+    /// Faster engines, and why they cannot run the problem.
+    pub passed_over: Vec<(&'static str, &'static str)>,
+}
+
+impl SlaBackwardPlan {
+    /// The plan of the fastest engine that can run `problem`.
+    ///
+    /// # Errors
+    /// [`ProblemError::NoPlan`] with every engine's reason, if none can.
+    pub fn new(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+    ) -> Result<Self, ProblemError> {
+        Self::all(problem, device).map(|mut plans| plans.swap_remove(0))
+    }
+
+    /// A plan for every engine that can run `problem`, fastest first: for comparing engines.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn all(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+    ) -> Result<Vec<Self>, ProblemError> {
+        #[cfg(feature = "cuda")]
+        let passed_over = cubesla_cuda::backward::WgmmaBackwardPlan::new(problem, device)
+            .err()
+            .map(|reason| vec![("wgmma", reason)])
+            .unwrap_or_default();
+        #[cfg(not(feature = "cuda"))]
+        let passed_over = Vec::new();
+        let plans = BackwardPlan::all(problem, device)?.into_iter();
+        Ok(plans
+            .map(|sparse| Self {
+                sparse,
+                passed_over: passed_over.clone(),
+            })
+            .collect())
+    }
+
+    /// Runs the plan. No result is returned if an argument is refused.
+    ///
+    /// Gradients of the sparse branch are f32, but for those of `wgmma`, which writes the inputs' type;
+    /// for an output gradient that bulk copies cannot read it falls back to the portable kernels. The
+    /// linear branch's are added in f32: the sum is rounded once, with `wgmma` one of its terms before.
+    ///
+    /// # Errors
+    /// A [`ProblemError`] that names the argument at fault.
+    pub fn launch(
+        &self,
+        client: &Client,
+        problem: &AttentionProblem,
+        inputs: SlaInputs<'_>,
+        given: SlaBackward<'_>,
+    ) -> Result<SlaGradients, ProblemError> {
+        let sparse_branch = |inputs: BackwardInputs<'_>| {
+            let dtype = match self.sparse {
+                #[cfg(feature = "cuda")]
+                BackwardPlan::Wgmma(_) if inputs.grad_out.is_aligned() => problem.dtype(),
+                _ => DType::F32,
+            };
+            let grads = Gradients::empty(client, [inputs.q, inputs.k, inputs.v], dtype)?;
+            self.sparse
+                .launch(client, problem, inputs, grads.outputs())?;
+            Ok(grads)
+        };
+        sla::sla_backward(client, problem, inputs, given, sparse_branch)
+    }
+}
+
+impl fmt::Display for SlaBackwardPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.sparse)?;
+        write_passed_over(f, &self.passed_over)
     }
 }
 

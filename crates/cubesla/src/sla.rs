@@ -3,12 +3,13 @@
 use cubecl::client::Client;
 use cubesla_kernels::linear::FeatureMap;
 use cubesla_kernels::sla::{
-    self, Combination, CombinationGradients, LinearMode, Precision, SlaInputs, SlaSaved,
+    self, Combination, CombinationGradients, LinearMode, Precision, SlaBackward, SlaInputs,
+    SlaSaved,
 };
 use cubesla_kernels::{AttentionOptions, AttentionProblem, BlockList, DeviceTensor, ProblemError};
 
 use crate::Error;
-use crate::plan::SlaPlan;
+use crate::plan::{SlaBackwardPlan, SlaPlan};
 use crate::router::{RouterOptions, route};
 
 /// Where the blocks come from.
@@ -226,8 +227,9 @@ pub struct Sla2Gradients {
 /// | `wl`, `bl` | the forward's, `[Dv, Dv]` and `[Dv]`, contiguous | f32 |
 /// | `grad_out` | `dO [B, Hq, Lq, Dv]`, any strides | as `q` |
 ///
-/// The gradients of the branches are added in f32 and rounded once; there are no atomics, and two
-/// runs give the same bits. Blocks are taken as given: nothing flows into a router.
+/// The gradients of the branches are added in f32 and the sums rounded; where the sparse branch's come
+/// from Hopper's `wgmma`, they have been rounded to the inputs' type before, else they are f32
+/// ([`SlaBackwardPlan`] tells). There are no atomics, and two runs give the same bits. Blocks are taken as given: nothing flows into a router.
 ///
 /// Source: SLA (arXiv 2509.24006), backward pass; the reference is
 /// `cubesla_reference::sla::combine_sla_backward` with the `backward` of both branches.
@@ -301,14 +303,13 @@ fn backward(
     options: &SlaBackwardOptions,
 ) -> Result<sla::SlaGradients, ProblemError> {
     let problem = AttentionProblem::new(inputs.q, inputs.k, inputs.v, &options.attention)?;
-    sla::sla_backward(
-        client,
-        &problem,
-        inputs,
+    let plan = SlaBackwardPlan::new(&problem, client.properties())?;
+    let given = SlaBackward {
         combination,
-        options.phi,
-        options.linear,
+        phi: options.phi,
+        mode: options.linear,
         saved,
         grad_out,
-    )
+    };
+    plan.launch(client, &problem, inputs, given)
 }

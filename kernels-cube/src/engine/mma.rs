@@ -12,7 +12,7 @@ use cubecl::ir::{DeviceProperties, ElemType, FloatKind};
 use cubecl::prelude::barrier::{Barrier, copy_async};
 use cubecl::prelude::*;
 
-use super::vectors::{add_column_sums, apply_feature_map};
+use super::vectors::{add_column_sums, apply_feature_map, apply_normalised};
 use super::*;
 use crate::DType;
 
@@ -373,6 +373,40 @@ impl<F: Float> TileEngine<F> for Mma {
         apply_feature_map::<MmaOperand<F>>(a, len, phi, tile, true);
     }
 
+    fn apply_normalised(
+        a: &mut MmaOperand<F>,
+        len: u32,
+        vector: &[f32],
+        #[comptime] phi: FeatureMap,
+        #[comptime] tile: Tile,
+    ) {
+        apply_normalised::<MmaOperand<F>>(a, len, vector, phi, tile, true);
+    }
+
+    fn elements(a: &MmaOperand<F>, _p: &MmaFragment, #[comptime] step: usize) -> Array<f32> {
+        let mma = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
+        let lane = UNIT_POS_PLANE as usize;
+        let row = (UNIT_POS / 32 * 16) as usize + lane % 16;
+        let from = row * comptime!(pitch(a.width)) + comptime!(2 * step) + lane / 16;
+        // A left side's 16 columns lie as those of two fragments of 8 do.
+        let pairs = mma.load_matrix::<Wide<F>, Const<2>>(
+            &a.data[from..from + 1],
+            MatrixIdent::A,
+            4usize,
+            false,
+        );
+        let mut values = Array::<f32>::new(8usize);
+        #[unroll]
+        for r in 0..2usize {
+            #[unroll]
+            for i in 0..4usize {
+                let x = pairs[comptime!(i / 2 * 2 + r)].extract(comptime!(i % 2));
+                values[comptime!(4 * r + i)] = f32::cast_from(x);
+            }
+        }
+        values
+    }
+
     fn put(dst: &mut MmaOperand<F>, p: &MmaFragment) {
         #[unroll]
         for r in 0..2usize {
@@ -427,8 +461,15 @@ impl<F: Float> TileEngine<F> for Mma {
         WIDE
     }
 
-    fn add_column_sums(sums: &mut Array<f32>, a: &MmaOperand<F>, vector: usize) {
-        add_column_sums::<MmaOperand<F>>(sums, a, vector);
+    fn add_column_sums(
+        sums: &mut Array<f32>,
+        a: &MmaOperand<F>,
+        weights: &Shared<[f32]>,
+        vector: usize,
+        first: usize,
+        #[comptime] step: usize,
+    ) {
+        add_column_sums::<MmaOperand<F>>(sums, a, weights, vector, first, step);
     }
 
     fn row_max(rows: &mut Array<f32>, _scratch: &mut (), #[comptime] _tile: Tile) {

@@ -169,6 +169,18 @@ pub trait TileEngine<F: Float>: 'static + Send + Sync {
         #[comptime] phi: FeatureMap,
         #[comptime] tile: Tile,
     );
+    /// As [`apply_feature_map`](Self::apply_feature_map), then divides each row by its product with
+    /// `vector`; a row whose product is 0 becomes 0.
+    fn apply_normalised(
+        a: &mut Self::Operand,
+        len: u32,
+        vector: &[f32],
+        #[comptime] phi: FeatureMap,
+        #[comptime] tile: Tile,
+    );
+    /// The elements of `a`, a tile of `tile.rows`, that lie where the unit's columns `4 step` to
+    /// `4 step + 3` of `p` do: element `4 r + i` is of its row `r`.
+    fn elements(a: &Self::Operand, p: &Self::Fragment, #[comptime] step: usize) -> Array<f32>;
     /// Writes `p`, rounded, over the first columns of `dst`; visible after the next
     /// [`await_load`](Self::await_load) or `sync_cube`.
     fn put(dst: &mut Self::Operand, p: &Self::Fragment);
@@ -176,8 +188,16 @@ pub trait TileEngine<F: Float>: 'static + Send + Sync {
     fn row_dot(rows: &mut Array<f32>, a: &Self::Operand, vector: &[f32], #[comptime] tile: Tile);
     /// Elements of a vector of a tile's row.
     fn vector_len() -> comptime_type!(usize);
-    /// Adds the sums over all rows of `a` of the columns of its vector number `vector`.
-    fn add_column_sums(sums: &mut Array<f32>, a: &Self::Operand, vector: usize);
+    /// Adds the sums over the rows `first`, `first + step` and so on of `a` of the columns of its
+    /// vector number `vector`, each row times its weight.
+    fn add_column_sums(
+        sums: &mut Array<f32>,
+        a: &Self::Operand,
+        weights: &Shared<[f32]>,
+        vector: usize,
+        first: usize,
+        #[comptime] step: usize,
+    );
 
     /// Replaces each unit's value of each of its rows by the maximum over the units of the row.
     fn row_max(rows: &mut Array<f32>, scratch: &mut Self::Scratch, #[comptime] tile: Tile);

@@ -8,7 +8,7 @@
 use cubecl::ir::HardwareProperties;
 use cubecl::prelude::*;
 
-use super::vectors::{add_column_sums, apply_feature_map};
+use super::vectors::{add_column_sums, apply_feature_map, apply_normalised};
 use super::*;
 
 type Vec4 = Vector<f32, Const<4>>;
@@ -355,6 +355,30 @@ impl<F: Float> TileEngine<F> for Simt {
         apply_feature_map::<SimtOperand>(a, len, phi, tile, false);
     }
 
+    fn apply_normalised(
+        a: &mut SimtOperand,
+        len: u32,
+        vector: &[f32],
+        #[comptime] phi: FeatureMap,
+        #[comptime] tile: Tile,
+    ) {
+        apply_normalised::<SimtOperand>(a, len, vector, phi, tile, false);
+    }
+
+    fn elements(a: &SimtOperand, p: &SimtFragment, #[comptime] step: usize) -> Array<f32> {
+        let mut values = Array::<f32>::new(comptime!(4 * p.rows));
+        #[unroll]
+        for r in 0..comptime!(p.rows) {
+            let at = p.row(r) as usize * comptime!(a.pitch) + comptime!(step * LANES);
+            let x = a.data[at + p.lane as usize];
+            #[unroll]
+            for e in 0..4usize {
+                values[comptime!(4 * r + e)] = x.extract(e);
+            }
+        }
+        values
+    }
+
     fn put(dst: &mut SimtOperand, p: &SimtFragment) {
         #[unroll]
         for r in 0..comptime!(p.rows) {
@@ -394,8 +418,15 @@ impl<F: Float> TileEngine<F> for Simt {
         4usize
     }
 
-    fn add_column_sums(sums: &mut Array<f32>, a: &SimtOperand, vector: usize) {
-        add_column_sums::<SimtOperand>(sums, a, vector);
+    fn add_column_sums(
+        sums: &mut Array<f32>,
+        a: &SimtOperand,
+        weights: &Shared<[f32]>,
+        vector: usize,
+        first: usize,
+        #[comptime] step: usize,
+    ) {
+        add_column_sums::<SimtOperand>(sums, a, weights, vector, first, step);
     }
 
     fn row_max(rows: &mut Array<f32>, scratch: &mut Shared<[f32]>, #[comptime] tile: Tile) {

@@ -34,73 +34,147 @@ pub(crate) fn apply_feature_map<R: VectorRows>(
     #[comptime] planes: bool,
 ) {
     let rows = a.rows();
+    let rows_at_once = comptime!(tile.units / LANES);
+    let mut lanes = Lanes::new(planes, tile);
+    for step in 0..comptime!(rows.div_ceil(rows_at_once)) {
+        let row = step * rows_at_once + UNIT_POS as usize / LANES;
+        map_row::<R>(a, row, len, &mut lanes, phi);
+    }
+    sync_cube();
+}
+
+/// As [`apply_feature_map`], then divides each row by its product with `vector`; a row whose product
+/// is 0 becomes 0.
+#[cube]
+pub(crate) fn apply_normalised<R: VectorRows>(
+    a: &mut R,
+    len: u32,
+    vector: &[f32],
+    #[comptime] phi: FeatureMap,
+    #[comptime] tile: Tile,
+    #[comptime] planes: bool,
+) {
+    let rows = a.rows();
     let vectors = a.vectors();
     let size = a.size();
     let rows_at_once = comptime!(tile.units / LANES);
     let per_lane = comptime!(vectors.div_ceil(LANES));
-    let mut lanes = Lanes {
-        partial: Shared::new_slice(comptime!(if planes { 1 } else { tile.units })),
-        planes,
-    };
     let lane = UNIT_POS as usize % LANES;
+    let mut lanes = Lanes::new(planes, tile);
     for step in 0..comptime!(rows.div_ceil(rows_at_once)) {
         let row = step * rows_at_once + UNIT_POS as usize / LANES;
-        let inside = row < rows;
-        let mut shift = 0.0f32;
-        let mut factor = 1.0f32.runtime();
-        if comptime!(phi == FeatureMap::Softmax) {
-            let mut largest = f32::min_value();
-            #[unroll]
-            for i in 0..per_lane {
-                let vector = lane + comptime!(i * LANES);
-                if inside && vector < vectors {
-                    let x = a.read(row, vector);
-                    #[unroll]
-                    for e in 0..size {
-                        largest = max(largest, x[e]);
-                    }
-                }
-            }
-            shift = lanes.max(largest);
-            let mut sum = 0.0f32;
-            #[unroll]
-            for i in 0..per_lane {
-                let vector = lane + comptime!(i * LANES);
-                if inside && vector < vectors {
-                    let x = a.read(row, vector);
-                    #[unroll]
-                    for e in 0..size {
-                        sum += (x[e] - shift).exp();
-                    }
-                }
-            }
-            factor = 1.0 / lanes.sum(sum);
-        }
+        map_row::<R>(a, row, len, &mut lanes, phi);
+        // A unit reads what it wrote itself.
+        let mut dot = 0.0f32;
         #[unroll]
         for i in 0..per_lane {
-            let vector = lane + comptime!(i * LANES);
-            if inside && vector < vectors {
-                let mut x = a.read(row, vector);
+            let at = lane + comptime!(i * LANES);
+            if row < rows && at < vectors {
+                let x = a.read(row, at);
                 #[unroll]
                 for e in 0..size {
-                    let y = feature(x[e] - shift, phi) * factor;
-                    x[e] = select((row as u32) < len, y, 0.0);
+                    dot = fma(x[e], vector[at * size + e], dot);
                 }
-                a.write(row, vector, &x);
+            }
+        }
+        let n = lanes.sum(dot);
+        let factor = select(n == 0.0, 0.0, 1.0 / n);
+        #[unroll]
+        for i in 0..per_lane {
+            let at = lane + comptime!(i * LANES);
+            if row < rows && at < vectors {
+                let mut x = a.read(row, at);
+                #[unroll]
+                for e in 0..size {
+                    x[e] *= factor;
+                }
+                a.write(row, at, &x);
             }
         }
     }
     sync_cube();
 }
 
-/// Adds the sums over all rows of the columns of one vector.
+/// Applies `phi` to one row, or sets it to 0 past `len`; nothing to one past the tile.
 #[cube]
-pub(crate) fn add_column_sums<R: VectorRows>(sums: &mut Array<f32>, a: &R, vector: usize) {
-    for row in 0..a.rows() {
-        let x = a.read(row, vector);
+fn map_row<R: VectorRows>(
+    a: &mut R,
+    row: usize,
+    len: u32,
+    lanes: &mut Lanes,
+    #[comptime] phi: FeatureMap,
+) {
+    let vectors = a.vectors();
+    let size = a.size();
+    let per_lane = comptime!(vectors.div_ceil(LANES));
+    let lane = UNIT_POS as usize % LANES;
+    let inside = row < a.rows();
+    let mut shift = 0.0f32;
+    let mut factor = 1.0f32.runtime();
+    if comptime!(phi == FeatureMap::Softmax) {
+        let mut largest = f32::min_value();
         #[unroll]
-        for e in 0..a.size() {
-            sums[e] += x[e];
+        for i in 0..per_lane {
+            let vector = lane + comptime!(i * LANES);
+            if inside && vector < vectors {
+                let x = a.read(row, vector);
+                #[unroll]
+                for e in 0..size {
+                    largest = max(largest, x[e]);
+                }
+            }
+        }
+        shift = lanes.max(largest);
+        let mut sum = 0.0f32;
+        #[unroll]
+        for i in 0..per_lane {
+            let vector = lane + comptime!(i * LANES);
+            if inside && vector < vectors {
+                let x = a.read(row, vector);
+                #[unroll]
+                for e in 0..size {
+                    sum += (x[e] - shift).exp();
+                }
+            }
+        }
+        factor = 1.0 / lanes.sum(sum);
+    }
+    #[unroll]
+    for i in 0..per_lane {
+        let vector = lane + comptime!(i * LANES);
+        if inside && vector < vectors {
+            let mut x = a.read(row, vector);
+            #[unroll]
+            for e in 0..size {
+                let y = feature(x[e] - shift, phi) * factor;
+                x[e] = select((row as u32) < len, y, 0.0);
+            }
+            a.write(row, vector, &x);
+        }
+    }
+}
+
+/// Adds the sums over the rows `first`, `first + step` and so on of the columns of one vector, each
+/// row times its weight.
+#[cube]
+pub(crate) fn add_column_sums<R: VectorRows>(
+    sums: &mut Array<f32>,
+    a: &R,
+    weights: &Shared<[f32]>,
+    vector: usize,
+    first: usize,
+    #[comptime] step: usize,
+) {
+    let rows = a.rows();
+    #[unroll]
+    for i in 0..comptime!(rows.div_ceil(step)) {
+        let row = first + comptime!(i * step);
+        if row < rows {
+            let x = a.read(row, vector);
+            #[unroll]
+            for e in 0..a.size() {
+                sums[e] = fma(x[e], weights[row], sums[e]);
+            }
         }
     }
 }
@@ -115,6 +189,13 @@ struct Lanes {
 
 #[cube]
 impl Lanes {
+    fn new(#[comptime] planes: bool, #[comptime] tile: Tile) -> Lanes {
+        Lanes {
+            partial: Shared::new_slice(comptime!(if planes { 1 } else { tile.units })),
+            planes,
+        }
+    }
+
     fn max(&mut self, x: f32) -> f32 {
         let mut largest = x;
         if self.planes {

@@ -17,20 +17,20 @@ mod states;
 pub use apply::feature_rows;
 pub use backward::Gradients;
 pub(crate) use backward::{
-    LinearInputs, Taken, linear_gradients, multiply_rows, weighted_by_key, weighted_by_query,
-    weighted_output,
+    LinearInputs, Taken, global_gradients, linear_gradients, multiply_rows, weighted_by_key,
+    weighted_by_query, weighted_output,
 };
 pub use feature_map::{FeatureMap, feature};
-pub(crate) use output::{OutputConfig, divide_rows, multiply_state};
-pub(crate) use states::outer_sums;
+pub(crate) use output::{divide_rows, multiply_state};
 pub use states::{Chunks, States, add_chunks, state_scale, states};
+pub(crate) use states::{Normalised, gradient_states, outer_sums};
 
 use cubecl::prelude::*;
-use output::linear_output;
+use output::{OutputConfig, linear_output};
 
 use crate::engine::*;
 use crate::limits::{expect_dtype, expect_loop_budget, grid};
-use crate::{AttentionOptions, AttentionProblem, DeviceTensor, ProblemError};
+use crate::{AttentionOptions, AttentionProblem, DType, DeviceTensor, ProblemError};
 
 /// Keys of a chunk of the causal form: enough that states are few, few enough that most work is
 /// done through them.
@@ -83,7 +83,7 @@ pub fn linear_attention(
         max_rows: 64,
         max_cols: 64,
     };
-    let (engine, tile) = tile_of(&needs, &problem, device)?;
+    let (engine, tile) = tile_of(&needs, &[d], problem.dtype(), device)?;
     let loads = (tile.cols * d.max(dv) / 4).div_ceil(tile.units);
     let tiles = d.div_ceil(tile.cols)
         + if causal {
@@ -117,22 +117,25 @@ pub fn linear_attention(
     Ok(out)
 }
 
-/// The fastest engine that can run tiles of these needs over the rows of a state, with its sizes.
+/// The fastest engine that can run tiles of these needs over states of so many rows, with its sizes.
 pub(crate) fn tile_of(
     needs: &TileNeeds,
-    problem: &AttentionProblem,
+    rows: &[usize],
+    dtype: DType,
     device: &cubecl::ir::DeviceProperties,
 ) -> Result<(EngineKind, Tile), ProblemError> {
-    // The rows of a state are taken `cols` at a time, out of D padded to 16.
-    let divides = problem.head_dim().next_multiple_of(16);
+    // The rows of a state are taken `cols` at a time, out of their number padded to 16.
+    let divides = |cols: &usize| {
+        needs.max_cols.is_multiple_of(*cols)
+            && rows
+                .iter()
+                .all(|rows| rows.next_multiple_of(16).is_multiple_of(*cols))
+    };
     let needs = TileNeeds {
-        max_cols: [64, 32, 16]
-            .into_iter()
-            .find(|cols| divides.is_multiple_of(*cols) && needs.max_cols.is_multiple_of(*cols))
-            .unwrap_or(16),
+        max_cols: [64, 32, 16].into_iter().find(divides).unwrap_or(16),
         ..needs.clone()
     };
-    if let Ok(tile) = mma_tile(&needs, problem.dtype(), device) {
+    if let Ok(tile) = mma_tile(&needs, dtype, device) {
         return Ok((EngineKind::Mma, tile));
     }
     let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| ProblemError::NoPlan {

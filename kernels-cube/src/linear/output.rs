@@ -65,7 +65,8 @@ pub(crate) fn linear_output<E: TileEngine<F>, F: Float, N: Size, V: Size>(
         h,
         state_batch,
         kv_head,
-        config,
+        tile,
+        config.head_dim,
     );
     let state = (state_batch * h.shape(1) + kv_head) * config.head_dim;
     E::row_dot(
@@ -119,7 +120,7 @@ pub(crate) fn linear_output<E: TileEngine<F>, F: Float, N: Size, V: Size>(
     store_rows::<F, V, E::Fragment>(out, &acc, target, config.value_dim);
 }
 
-/// `acc += phi(Q) H`, the state read a tile of rows at a time.
+/// `acc += phi(Q) H`, the state's `dim` rows read a tile at a time.
 #[cube]
 pub(crate) fn multiply_state<E: TileEngine<F>, F: Float, N: Size>(
     acc: &mut E::Fragment,
@@ -128,10 +129,10 @@ pub(crate) fn multiply_state<E: TileEngine<F>, F: Float, N: Size>(
     h: &Tensor<Vector<F, N>>,
     batch: usize,
     head: usize,
-    #[comptime] config: OutputConfig,
+    #[comptime] tile: Tile,
+    #[comptime] dim: usize,
 ) {
-    let tile = comptime!(config.tile);
-    let dim = comptime!(config.head_dim as u32);
+    let dim = comptime!(dim as u32);
     let cols = comptime!(tile.cols as u32);
     for step in 0..dim.div_ceil(cols) {
         let rows = RowRange::new::<F, N>(h, batch, head, step * cols, dim);

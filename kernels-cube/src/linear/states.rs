@@ -67,7 +67,8 @@ impl StatesPlan {
                 engine: EngineKind::Mma,
                 tile: Tile {
                     rows,
-                    cols: 32,
+                    // Fewer waits for loads, where two cubes still share a multiprocessor.
+                    cols: if head_dim > 128 { 32 } else { 64 },
                     units: 2 * rows,
                 },
                 width: widest(if head_dim > 128 { 64 } else { 128 }),
@@ -89,7 +90,9 @@ impl StatesPlan {
                 max_rows: head_dim,
                 max_cols: cols,
             };
-            if simt_shared_memory(&needs, tile) <= device.hardware.max_shared_memory_size
+            // Sums of columns take what is counted for reductions along rows; weights of rows are more.
+            let bytes = simt_shared_memory(&needs, tile) + 4 * cols;
+            if bytes <= device.hardware.max_shared_memory_size
                 && tile.units <= device.hardware.max_units_per_cube as usize
             {
                 return Ok(Self {
@@ -113,7 +116,7 @@ pub(crate) fn outer_sums(
     a: &DeviceTensor<4>,
     b: &DeviceTensor<4>,
 ) -> Result<(DeviceTensor<2>, DeviceTensor<1>), ProblemError> {
-    let (partial, _) = partial_states(client, a, b, FeatureMap::Identity, Chunks::Total)?;
+    let (partial, _) = partial_states(client, a, b, FeatureMap::Identity, Chunks::Total, None)?;
     let [parts, heads, rows, columns] = partial.h.shape();
     let h = DeviceTensor::empty(client, [1, 1, rows, columns], DType::F32);
     let z = DeviceTensor::empty(client, [1, 1, rows, 1], DType::F32);
@@ -141,7 +144,7 @@ pub fn states(
 ) -> Result<States, ProblemError> {
     let [batch, heads, len, head_dim] = k.shape();
     let value_dim = v.shape()[3];
-    let (partial, count) = partial_states(client, k, v, phi, chunks)?;
+    let (partial, count) = partial_states(client, k, v, phi, chunks, None)?;
     let prefix = matches!(chunks, Chunks::Prefix(_));
     let kept = if prefix { count } else { 1 };
     let total = States {
@@ -154,26 +157,66 @@ pub fn states(
     Ok(total)
 }
 
-/// The states of each chunk alone, f32 and not scaled, and the number of chunks.
+/// By what rows are divided before they are added up, and their weights in the sum `z`.
+#[derive(Clone, Copy)]
+pub(crate) struct Normalised<'a> {
+    /// Vectors whose products with `phi` of the rows divide them, f32 `[B, Hkv, D, 1]`.
+    pub z: &'a DeviceTensor<4>,
+    /// f32 `[B, Hq, Lq]`.
+    pub weights: &'a DeviceTensor<3>,
+}
+
+/// With `y_i = phi(Q_i) / (phi(Q_i) . z)`: `h = sum y_i^T dO_i` and `z = sum w_i y_i` over the rows of
+/// all query heads of a key head, both times [`state_scale`] of their number; `q [B, Hq, Lq, D]` and
+/// `grad [B, Hq, Lq, Dv]`, any strides.
+pub(crate) fn gradient_states(
+    client: &Client,
+    q: &DeviceTensor<4>,
+    grad: &DeviceTensor<4>,
+    phi: FeatureMap,
+    by: Normalised<'_>,
+) -> Result<States, ProblemError> {
+    let [batch, heads, len, head_dim] = q.shape();
+    let kv_heads = by.z.shape()[1];
+    let (partial, count) = partial_states(client, q, grad, phi, Chunks::Total, Some(by))?;
+    let total = States {
+        h: DeviceTensor::empty(
+            client,
+            [batch, kv_heads, head_dim, grad.shape()[3]],
+            q.dtype(),
+        ),
+        z: DeviceTensor::empty(client, [batch, kv_heads, head_dim, 1], DType::F32),
+    };
+    let scale = state_scale(len * heads / kv_heads);
+    add_chunks(client, &partial.h, &total.h, count, scale, false)?;
+    add_chunks(client, &partial.z, &total.z, count, scale, false)?;
+    Ok(total)
+}
+
+/// The states of each chunk alone, f32 and not scaled, and the number of chunks. Rows that are
+/// normalised are those of all query heads of a key head, and chunks are of one head.
 fn partial_states(
     client: &Client,
     k: &DeviceTensor<4>,
     v: &DeviceTensor<4>,
     phi: FeatureMap,
     chunks: Chunks,
+    normalised: Option<Normalised<'_>>,
 ) -> Result<(States, usize), ProblemError> {
     let device = client.properties();
-    let [batch, heads, len, head_dim] = k.shape();
+    let [batch, all_heads, len, head_dim] = k.shape();
+    let heads = normalised.map_or(all_heads, |by| by.z.shape()[1]);
+    let group = all_heads / heads;
     let value_dim = v.shape()[3];
     let plan = StatesPlan::new(device, k.dtype(), head_dim, value_dim)?;
     let chunk = match chunks {
         Chunks::Prefix(chunk) => chunk,
         // Some cubes to each multiprocessor, and few enough sums to add.
-        Chunks::Total => (len * batch * heads / 512)
+        Chunks::Total => (len * batch * all_heads / 1024)
             .next_power_of_two()
             .clamp(128, 4096),
     };
-    let count = len.div_ceil(chunk);
+    let count = len.div_ceil(chunk) * group;
     let per_tile =
         plan.tile.cols + 2 * (plan.tile.cols * head_dim / 4).div_ceil(plan.tile.units) + 8;
     let tiles = chunk.div_ceil(plan.tile.cols);
@@ -201,6 +244,8 @@ fn partial_states(
         phi,
         chunk,
         count,
+        group,
+        normalised,
     };
     match plan.engine {
         EngineKind::Simt => job.launch::<Simt>(client, [4, 4])?,
@@ -217,6 +262,9 @@ struct StatesJob<'a> {
     phi: FeatureMap,
     chunk: usize,
     count: usize,
+    /// Heads of rows to a state.
+    group: usize,
+    normalised: Option<Normalised<'a>>,
 }
 
 impl StatesJob<'_> {
@@ -227,6 +275,12 @@ impl StatesJob<'_> {
     ) -> Result<(), ProblemError> {
         let [batch, heads, _, head_dim] = self.k.shape();
         let value_dim = self.v.shape()[3];
+        // Arguments that the other variant does not read.
+        let nothing = || self.partial.z.buffer_arg();
+        let (divisors, weights) = match self.normalised {
+            Some(by) => (by.z.buffer_arg(), by.weights.buffer_arg()),
+            None => (nothing(), nothing()),
+        };
         let aligned = self.k.is_aligned() && self.v.is_aligned();
         let extent = self.k.extent().max(self.v.extent());
         // SAFETY: keys past the length read as zeros and add nothing; each cube writes the states of
@@ -239,7 +293,7 @@ impl StatesJob<'_> {
                     [
                         ("chunks of keys", self.count),
                         ("columns of values", value_dim / self.plan.width),
-                        ("B * Hkv", batch * heads),
+                        ("B * Hkv", batch * heads / self.group),
                     ],
                 )?,
                 CubeDim::new_1d(self.plan.tile.units as u32),
@@ -250,13 +304,17 @@ impl StatesJob<'_> {
                 self.v.tensor_arg(),
                 self.partial.h.buffer_arg(),
                 self.partial.z.buffer_arg(),
+                divisors,
+                weights,
                 self.chunk as u32,
+                self.group as u32,
                 StatesConfig {
                     tile: self.plan.tile,
                     head_dim,
                     value_dim,
                     width: self.plan.width,
                     phi: self.phi,
+                    normalised: self.normalised.is_some(),
                 },
                 self.k.dtype().elem_type(),
             );
@@ -273,25 +331,31 @@ struct StatesConfig {
     value_dim: usize,
     width: usize,
     phi: FeatureMap,
+    /// Whether rows are divided, and weighted in the sum `z`.
+    normalised: bool,
 }
 
 /// One cube adds up a chunk of keys for some columns of the states.
 ///
-/// Grid: x = chunk, y = columns of values, z = (batch, key head).
+/// Grid: x = (chunk, head of the group), y = columns of values, z = (batch, key head).
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn states_kernel<E: TileEngine<F>, F: Float, N: Size, V: Size>(
     k: &Tensor<Vector<F, N>>,
     v: &Tensor<Vector<F, N>>,
     h: &mut [Vector<f32, V>],
     z: &mut [f32],
+    divisors: &[f32], // [B, Hkv, D], not read if nothing is normalised
+    weights: &[f32],  // [B, Hq, Lq], likewise
     chunk: u32,
+    group: u32,
     #[comptime] config: StatesConfig,
     #[define(F)] _dtype: ElemType,
 ) {
     let tile = comptime!(config.tile);
-    let batch = CUBE_POS_Z as usize / k.shape(1);
-    let head = CUBE_POS_Z as usize % k.shape(1);
-    let first = CUBE_POS_X * chunk;
+    let kv_heads = k.shape(1) / group as usize;
+    let batch = CUBE_POS_Z as usize / kv_heads;
+    let head = CUBE_POS_Z as usize % kv_heads * group as usize + (CUBE_POS_X % group) as usize;
+    let first = CUBE_POS_X / group * chunk;
     let end = min(first + chunk, k.shape(2) as u32);
     let first_column = CUBE_POS_Y * comptime!(config.width as u32);
 
@@ -304,8 +368,18 @@ fn states_kernel<E: TileEngine<F>, F: Float, N: Size, V: Size>(
     for e in 0..size {
         sums[e] = 0.0;
     }
-    let own = UNIT_POS as usize;
-    let owner = own < comptime!(config.head_dim / size);
+    // As many units to a vector of columns as there are, which take turns in rows.
+    let vectors = comptime!(config.head_dim / size);
+    let shares = comptime!(tile.units / vectors);
+    let (own, share) = (UNIT_POS as usize % vectors, UNIT_POS as usize / vectors);
+    let adds = share < shares && CUBE_POS_Y == 0;
+    let mut row_weights = Shared::<[f32]>::new_slice(comptime!(tile.cols));
+    let unit = UNIT_POS as usize;
+    if unit < comptime!(tile.cols) {
+        row_weights[unit] = 1.0;
+    }
+    let weights_start = (batch * k.shape(1) + head) * k.shape(2);
+    let divisor = CUBE_POS_Z as usize * config.head_dim;
 
     let mut at = first;
     while at < end {
@@ -325,12 +399,26 @@ fn states_kernel<E: TileEngine<F>, F: Float, N: Size, V: Size>(
             min(at + comptime!(tile.cols as u32), end),
         );
         E::begin_load::<N>(&mut values, v, value_rows.at_column(first_column), tile);
+        if config.normalised {
+            if unit < comptime!(tile.cols) {
+                let mut weight = f32::new(0.0);
+                if (unit as u32) < rows.len {
+                    weight = weights[weights_start + at as usize + unit];
+                }
+                row_weights[unit] = weight;
+            }
+        }
         E::await_load(&mut keys);
-        E::apply_feature_map(&mut keys, rows.len, config.phi, tile);
+        if config.normalised {
+            let divisors = &divisors[divisor..divisor + config.head_dim];
+            E::apply_normalised(&mut keys, rows.len, divisors, config.phi, tile);
+        } else {
+            E::apply_feature_map(&mut keys, rows.len, config.phi, tile);
+        }
         E::await_load(&mut values);
         E::mul_tn(&mut acc, &keys, &values);
-        if owner && CUBE_POS_Y == 0 {
-            E::add_column_sums(&mut sums, &keys, own);
+        if adds {
+            E::add_column_sums(&mut sums, &keys, &row_weights, own, share, shares);
         }
         // The tiles are filled again.
         sync_cube();
@@ -345,11 +433,21 @@ fn states_kernel<E: TileEngine<F>, F: Float, N: Size, V: Size>(
         end_column: first_column + comptime!(config.width as u32),
     };
     store_rows::<f32, V, E::Fragment>(h, &acc, target, config.value_dim);
-    if owner && CUBE_POS_Y == 0 {
+    let mut partial = Shared::<[f32]>::new_slice(comptime!(shares * config.head_dim));
+    if adds {
         #[unroll]
         for e in 0..size {
-            z[state + own * size + e] = sums[e];
+            partial[(share * vectors + own) * size + e] = sums[e];
         }
+    }
+    sync_cube();
+    if unit < config.head_dim && CUBE_POS_Y == 0 {
+        let mut sum = 0.0f32;
+        #[unroll]
+        for i in 0..shares {
+            sum += partial[i * config.head_dim + unit];
+        }
+        z[state + unit] = sum;
     }
 }
 

@@ -11,10 +11,11 @@ use super::{
     Combination, LinearMode, SlaInputs, SlaSaved, check_sla, lists_the_fewer, logit_strides,
     transposed,
 };
-use crate::attention::{BackwardInputs, BackwardOutputs, BackwardPlan, launch_backward};
+use crate::attention::BackwardInputs;
 use crate::limits::{expect_loop_budget, grid, line_grid};
 use crate::linear::{
-    FeatureMap, Gradients, LinearInputs, Taken, linear_gradients, multiply_rows, outer_sums,
+    FeatureMap, Gradients, LinearInputs, Taken, global_gradients, linear_gradients, multiply_rows,
+    outer_sums,
 };
 use crate::problem::expect_f32;
 use crate::problem::expect_shape;
@@ -84,24 +85,44 @@ pub(super) struct BranchGradients {
     pub weights: CombinationGradients,
 }
 
-/// Gradients of [`sla_forward`](super::sla_forward) for `grad_out [B, Hq, Lq, Dv]`, any strides.
+/// What the backward of SLA and SLA2 needs beside its inputs.
+#[derive(Clone, Copy, Debug)]
+pub struct SlaBackward<'a> {
+    /// The forward's.
+    pub combination: Combination<'a>,
+    /// phi of the linear branch.
+    pub phi: FeatureMap,
+    /// The keys that the linear branch sums over.
+    pub mode: LinearMode,
+    /// What the forward saved.
+    pub saved: &'a SlaSaved,
+    /// `dO [B, Hq, Lq, Dv]`, any strides.
+    pub grad_out: &'a DeviceTensor<4>,
+}
+
+/// Gradients of [`sla_forward`](super::sla_forward). `sparse_branch` computes those of the sparse branch,
+/// in f32 or in the inputs' type; those of the linear branch are added to them in f32, so that sums in
+/// f32 are rounded once and others twice. `sparse_branch` is called when all arguments have been
+/// checked; its error is returned.
 ///
 /// # Errors
 /// A [`ProblemError`] that names the argument at fault.
-#[allow(clippy::too_many_arguments)] // the forward's arguments, what it saved, and its gradient
 pub fn sla_backward(
     client: &Client,
     problem: &AttentionProblem,
     inputs: SlaInputs<'_>,
-    combination: Combination<'_>,
-    phi: FeatureMap,
-    mode: LinearMode,
-    saved: &SlaSaved,
-    grad_out: &DeviceTensor<4>,
+    given: SlaBackward<'_>,
+    sparse_branch: impl FnOnce(BackwardInputs<'_>) -> Result<Gradients, ProblemError>,
 ) -> Result<SlaGradients, ProblemError> {
+    let SlaBackward {
+        combination,
+        phi,
+        mode,
+        saved,
+        grad_out,
+    } = given;
     check_sla(client, problem, &inputs, &combination)?;
     saved.check(problem, grad_out)?;
-    let plan = BackwardPlan::new(problem, client.properties())?;
     let SlaInputs {
         q,
         k,
@@ -123,54 +144,46 @@ pub fn sla_backward(
         }
         Combination::Sla2 { alpha_logit } => split(client, problem, alpha_logit, saved, grad_out)?,
     };
-    let sums = Gradients::sums(client, [q, k, v])?;
-    launch_backward(
-        client,
-        problem,
-        &plan,
-        BackwardInputs {
-            q,
-            k,
-            v,
-            out: &saved.sparse,
-            lse: &saved.lse,
-            grad_out: &branches.sparse,
-            list: critical,
-        },
-        BackwardOutputs {
-            dq: &sums.dq,
-            dk: &sums.dk,
-            dv: &sums.dv,
-        },
-    )?;
-    let (list, taken) = linear_blocks(client, problem, critical, negligible, mode)?;
-    let linear = LinearInputs {
+    let others = sparse_branch(BackwardInputs {
         q,
         k,
         v,
-        out: &saved.linear,
-        grad_out: &branches.linear,
-        list: &list,
-        taken,
-        weights: None,
+        out: &saved.sparse,
+        lse: &saved.lse,
+        grad_out: &branches.sparse,
+        list: critical,
+    })?;
+    let grad_out = &branches.linear;
+    let inputs = match mode {
+        LinearMode::Global => global_gradients(client, problem, [q, k, v], grad_out, phi, &others)?,
+        LinearMode::Complement => {
+            let (list, taken) = marginal_blocks(client, problem, critical, negligible)?;
+            let linear = LinearInputs {
+                q,
+                k,
+                v,
+                out: &saved.linear,
+                grad_out,
+                list: &list,
+                taken,
+                weights: None,
+            };
+            linear_gradients(client, problem, linear, phi, &others)?
+        }
     };
     Ok(SlaGradients {
-        inputs: linear_gradients(client, problem, linear, phi, &sums)?,
+        inputs,
         weights: branches.weights,
     })
 }
 
-/// The shorter of two ways to say over which blocks the linear branch sums.
-fn linear_blocks(
+/// The shorter of two ways to say over which marginal blocks the linear branch sums.
+fn marginal_blocks(
     client: &Client,
     problem: &AttentionProblem,
     critical: &BlockList,
     negligible: Option<&BlockList>,
-    mode: LinearMode,
 ) -> Result<(BlockList, Taken), ProblemError> {
-    if mode == LinearMode::Global {
-        return Ok((BlockList::empty(client, critical.shape()), Taken::Unlisted));
-    }
     if !lists_the_fewer(problem, critical, negligible) {
         return Ok((critical.remaining(client, negligible)?, Taken::Listed));
     }
@@ -202,7 +215,9 @@ pub(super) fn split(
         problem.query_blocks(),
     );
     let rows = batch * heads * blocks;
-    let block = problem.block_q() * problem.value_dim();
+    let vector = if problem.dtype() == DType::F32 { 4 } else { 8 };
+    let load = if grad_out.is_aligned() { vector } else { 1 };
+    let block = problem.block_q() * problem.value_dim() / vector;
     let iterations = block.max(rows).div_ceil(UNITS) + UNITS;
     expect_loop_budget(device, "the gradient of SLA2's weights", iterations)?;
     let branch = || DeviceTensor::empty(client, problem.out_shape(), problem.dtype());
@@ -221,6 +236,8 @@ pub(super) fn split(
             )?,
             CubeDim::new_1d(UNITS as u32),
             AddressType::from_len(grad_out.extent().max(sparse.len())),
+            load,
+            vector,
             grad_out.tensor_arg(),
             saved.sparse.buffer_arg(),
             saved.linear.buffer_arg(),
@@ -266,26 +283,29 @@ struct LogitStrides {
 #[cube]
 fn cube_sum(x: f32) -> f32 {
     let mut partial = Shared::<[f32]>::new_slice(UNITS);
-    partial[UNIT_POS as usize] = x;
+    let unit = UNIT_POS as usize;
+    partial[unit] = x;
     sync_cube();
-    let mut sum = 0.0f32;
-    if UNIT_POS == 0 {
-        for i in 0..UNITS {
-            sum += partial[i];
+    #[unroll]
+    for step in 0..comptime!(UNITS.ilog2() as usize) {
+        let half = comptime!(UNITS >> (step + 1));
+        if unit < half {
+            partial[unit] += partial[unit + half];
         }
+        sync_cube();
     }
-    sum
+    partial[0]
 }
 
 /// Grid: x = query block, y = query head, z = batch.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn split_kernel<F: Float>(
-    grad_out: &Tensor<Vector<F, Const<1>>>, // [B, Hq, Lq, Dv]
-    out_sparse: &[F],
-    out_linear: &[F],
+fn split_kernel<F: Float, N: Size, V: Size>(
+    grad_out: &Tensor<Vector<F, N>>, // [B, Hq, Lq, Dv]
+    out_sparse: &[Vector<F, V>],
+    out_linear: &[Vector<F, V>],
     alpha_logit: &[f32],
-    sparse: &mut [F],
-    linear: &mut [F],
+    sparse: &mut [Vector<F, V>],
+    linear: &mut [Vector<F, V>],
     partial: &mut [f32], // [B, Hq, M]
     strides: LogitStrides,
     block_q: u32,
@@ -296,20 +316,38 @@ fn split_kernel<F: Float>(
     let index = batch * grad_out.shape(1) + head;
     let first = CUBE_POS_X * block_q;
     let end = min(first + block_q, grad_out.shape(2) as u32);
-    let rows = RowRange::new::<F, Const<1>>(grad_out, batch, head, first, end);
+    let rows = RowRange::new::<F, N>(grad_out, batch, head, first, end);
     let logit = alpha_logit[(CUBE_POS_Y * strides.head + CUBE_POS_X * strides.block) as usize];
     let a = 1.0 / (1.0 + (-logit).exp());
-    let start = (index * grad_out.shape(2) + first as usize) * value_dim;
+    let (size, load) = (out_sparse.vector_size(), grad_out.vector_size());
+    // Vectors of a row.
+    let vectors = comptime!(value_dim / size);
+    let start = (index * grad_out.shape(2) + first as usize) * vectors;
     let mut sum = 0.0f32;
     let mut at = UNIT_POS as usize;
-    while at < rows.len as usize * value_dim {
-        let (row, column) = (at / value_dim, at % value_dim);
-        let from = rows.base + row * rows.row_stride + column * rows.col_stride;
-        let grad = f32::cast_from(grad_out[from].extract(0usize));
+    while at < rows.len as usize * vectors {
+        let (row, column) = (at / vectors, at % vectors * size);
+        let from = rows.base + row * rows.row_stride;
+        let mut grad = Vector::<f32, V>::empty();
+        if comptime!(load == size) {
+            grad = Vector::cast_from(grad_out[(from + column) / size]);
+        } else {
+            #[unroll]
+            for e in 0..size {
+                let x = grad_out[from + (column + e) * rows.col_stride].extract(0usize);
+                grad.insert(e, f32::cast_from(x));
+            }
+        }
         let to = start + at;
-        sum += grad * (f32::cast_from(out_sparse[to]) - f32::cast_from(out_linear[to]));
-        sparse[to] = F::cast_from(a * grad);
-        linear[to] = F::cast_from((1.0 - a) * grad);
+        let difference = Vector::<f32, V>::cast_from(out_sparse[to])
+            - Vector::<f32, V>::cast_from(out_linear[to]);
+        let products = grad * difference;
+        #[unroll]
+        for e in 0..size {
+            sum += products.extract(e);
+        }
+        sparse[to] = Vector::cast_from(grad * Vector::new(a));
+        linear[to] = Vector::cast_from(grad * Vector::new(1.0 - a));
         at += UNITS;
     }
     let total = cube_sum(sum);

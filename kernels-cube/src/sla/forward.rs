@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 
 use crate::block_list::{BlockListView, BlockRow, KeyWalk};
 use crate::engine::*;
-use crate::linear::{FeatureMap, OutputConfig, divide_rows, multiply_state};
+use crate::linear::{FeatureMap, divide_rows, multiply_state};
 use crate::mask::{TileWindow, scale_and_mask};
 use crate::rows::{RowRange, RowTarget, add_rows, store_rows};
 use crate::softmax::OnlineSoftmax;
@@ -371,13 +371,6 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
             self.softmax
                 .finish::<F, E>(&mut self.sparse, &mut self.scratch, tile);
         }
-        let config = comptime!(OutputConfig {
-            tile: self.config.tile,
-            head_dim: self.config.head_dim,
-            value_dim: self.config.value_dim,
-            phi: self.config.phi,
-            causal_chunk: None,
-        });
         let dim = comptime!(self.config.head_dim);
         let state = (place.batch * h.shape(1) + place.kv_head) * dim;
         let z = &z[state..state + dim];
@@ -396,7 +389,8 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
                 h,
                 batch,
                 head,
-                config,
+                tile,
+                dim,
             );
             E::row_dot(&mut self.sums, &self.queries, z, tile);
         }
@@ -408,7 +402,8 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
                 h,
                 batch,
                 head,
-                config,
+                tile,
+                dim,
             );
             E::row_dot(&mut self.sums, &self.phi_queries, z, tile);
         }

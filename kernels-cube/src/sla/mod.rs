@@ -24,7 +24,7 @@ mod forward;
 mod low_bit;
 mod soft;
 
-pub use backward::{CombinationGradients, SlaGradients, sla_backward};
+pub use backward::{CombinationGradients, SlaBackward, SlaGradients, sla_backward};
 pub use low_bit::Precision;
 pub use soft::{SoftInputs, soft_attention, soft_attention_backward, soft_backward, soft_forward};
 
@@ -197,7 +197,7 @@ pub fn sla_forward(
         max_rows: problem.block_q(),
         max_cols: problem.block_k(),
     };
-    let (engine, tile) = tile_of(&needs, problem, client.properties())?;
+    let (engine, tile) = tile_of(&needs, &[d], problem.dtype(), client.properties())?;
     let second_width = second.as_ref().map_or(0, BlockList::width);
     let iterations = loop_iterations(problem, tile, critical.width() + second_width);
     expect_loop_budget(client.properties(), "sparse-linear attention", iterations)?;

@@ -248,12 +248,7 @@ pub fn soft_backward(
         linear,
         weights: logits,
     } = split(client, problem, inputs.alpha_logit, saved, grad_out)?;
-    let sums = Gradients::sums(client, [q, k, v])?;
-    let outputs = BackwardOutputs {
-        dq: &sums.dq,
-        dk: &sums.dk,
-        dv: &sums.dv,
-    };
+    let sums = Gradients::empty(client, [q, k, v], DType::F32)?;
     let grad = soft_attention_backward(
         client,
         problem,
@@ -261,7 +256,7 @@ pub fn soft_backward(
         weights,
         [&saved.sparse, &sparse],
         &saved.lse,
-        outputs,
+        sums.outputs(),
     )?;
     let linear = LinearInputs {
         q,

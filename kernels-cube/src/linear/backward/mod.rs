@@ -15,13 +15,16 @@
 //! `n` and the states carry the factor [`state_scale`](super::state_scale) that keeps them in the
 //! range of f16; it cancels in `dphi(Q)` and is put back in the others.
 
+mod global;
 mod product;
 mod rows;
 mod sums;
 mod walk;
 
+pub(crate) use global::global_gradients;
+use global::transposed_states;
 pub(crate) use product::multiply_rows;
-use rows::{FeatureGradient, normalised, rounded, through_phi};
+use rows::{FeatureGradient, normalised, rounded, rounded_sum, slope, through_phi};
 use sums::{block_sums, sums_by_key, sums_by_query};
 pub(crate) use sums::{weighted_by_key, weighted_by_query};
 use walk::{WalkConfig, key_walk, query_walk};
@@ -29,7 +32,7 @@ use walk::{WalkConfig, key_walk, query_walk};
 use cubecl::prelude::*;
 
 use super::{Chunks, FeatureMap, feature_rows, state_scale, states};
-use crate::attention::{WeightJob, WeightTerm, row_dots};
+use crate::attention::{BackwardOutputs, WeightJob, WeightTerm, row_dots};
 use crate::block_list::weights_arg;
 use crate::engine::*;
 use crate::limits::{expect_buffer, expect_loop_budget, grid};
@@ -80,21 +83,31 @@ pub struct Gradients {
 }
 
 impl Gradients {
-    /// Buffers for f32 sums of gradients of `q`, `k` and `v`.
-    pub(crate) fn sums(
+    /// Buffers for gradients of `q`, `k` and `v`, in `dtype` and with undefined contents.
+    ///
+    /// # Errors
+    /// [`ProblemError::BufferTooLarge`] if one of them does not fit the device.
+    pub fn empty(
         client: &Client,
         inputs: [&DeviceTensor<4>; 3],
+        dtype: DType,
     ) -> Result<Self, ProblemError> {
         for (what, input) in ["dq", "dk", "dv"].into_iter().zip(inputs) {
-            expect_buffer(client.properties(), what, input.len() * 4)?;
+            expect_buffer(client.properties(), what, input.len() * dtype.size())?;
         }
-        let [dq, dk, dv] = inputs.map(|x| DeviceTensor::empty(client, x.shape(), DType::F32));
+        let [dq, dk, dv] = inputs.map(|x| DeviceTensor::empty(client, x.shape(), dtype));
         Ok(Self { dq, dk, dv })
+    }
+
+    /// The buffers as outputs of attention's backward.
+    pub fn outputs(&self) -> BackwardOutputs<'_> {
+        let Self { dq, dk, dv } = self;
+        BackwardOutputs { dq, dk, dv }
     }
 }
 
-/// The gradients of the linear branch, added to `others`, which are f32; in the inputs' type. Sums
-/// of `dV` are made in place: `others` hold no gradient afterwards.
+/// The gradients of the linear branch, added to `others`, which are f32 or of the inputs' type; in the
+/// inputs' type.
 pub(crate) fn linear_gradients(
     client: &Client,
     problem: &AttentionProblem,
@@ -136,16 +149,13 @@ pub(crate) fn linear_gradients(
 
     let dphi_q = DeviceTensor::empty(client, phi_q.shape(), DType::F32);
     let dphi_k = DeviceTensor::empty(client, phi_k.shape(), DType::F32);
+    let dv = DeviceTensor::empty(client, v.shape(), DType::F32);
     if taken == Taken::Unlisted {
-        let h = states(
-            client,
-            &phi_k,
-            v,
-            FeatureMap::Identity,
-            Chunks::Total,
-            phi_k.dtype(),
-        )?
-        .h;
+        let total = |a, b| {
+            let dtype = problem.dtype();
+            states(client, a, b, FeatureMap::Identity, Chunks::Total, dtype).map(|total| total.h)
+        };
+        let h = total(&phi_k, v)?;
         multiply_rows(client, grad_out, &h, &dphi_q, 1.0, false)?;
         // The query heads of a group follow each other, so that their rows are one key head's.
         let rows = problem.query_len() * problem.query_heads() / problem.kv_heads();
@@ -153,29 +163,11 @@ pub(crate) fn linear_gradients(
             let shape = [problem.batch(), problem.kv_heads(), rows, x.shape()[3]];
             DeviceTensor::new(x.handle().clone(), shape, contiguous(shape), x.dtype())
         };
-        let (qn, grad) = (by_key_head(&qn)?, by_key_head(grad_out)?);
-        let dh = states(
-            client,
-            &qn,
-            &grad,
-            FeatureMap::Identity,
-            Chunks::Total,
-            qn.dtype(),
-        )?
-        .h;
+        let dh = total(&by_key_head(&qn)?, &by_key_head(grad_out)?)?;
         let factor = scale / state_scale(rows);
         multiply_rows(client, v, &dh, &dphi_k, factor, false)?;
-        // Rows are read in vectors, so that the transpose is another sum rather than a view.
-        let dh = states(
-            client,
-            &grad,
-            &qn,
-            FeatureMap::Identity,
-            Chunks::Total,
-            qn.dtype(),
-        )?
-        .h;
-        multiply_rows(client, &phi_k, &dh, &others.dv, factor, true)?;
+        let dh = transposed_states(client, &dh)?;
+        multiply_rows(client, &phi_k, &dh, &dv, factor, false)?;
     }
     let factor = if taken == Taken::Listed {
         scale
@@ -186,10 +178,10 @@ pub(crate) fn linear_gradients(
     let tensors = [grad_out, &qn, &phi_k, v];
     match job.engine {
         EngineKind::Simt => {
-            job.launch_key::<Simt>(tensors, &inverse, [&dphi_k, &others.dv], factor, [4, 4])?;
+            job.launch_key::<Simt>(tensors, &inverse, [&dphi_k, &dv], factor, [4, 4])?;
         }
         EngineKind::Mma => {
-            job.launch_key::<Mma>(tensors, &inverse, [&dphi_k, &others.dv], factor, [8, 2])?;
+            job.launch_key::<Mma>(tensors, &inverse, [&dphi_k, &dv], factor, [8, 2])?;
         }
     }
 
@@ -222,7 +214,7 @@ pub(crate) fn linear_gradients(
     Ok(Gradients {
         dq: through_phi(client, &phi_q, dq, phi, &others.dq)?,
         dk: through_phi(client, &phi_k, dk, phi, &others.dk)?,
-        dv: rounded(client, &others.dv, problem.dtype())?,
+        dv: rounded_sum(client, &dv, &others.dv, problem.dtype())?,
     })
 }
 

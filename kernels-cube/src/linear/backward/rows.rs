@@ -12,6 +12,11 @@ const LANES: usize = 8;
 /// Rows of a cube.
 const ROWS: usize = 32;
 
+/// Elements of a vector, which divide every width.
+const WIDE: usize = 4;
+
+type Wide<F> = Vector<F, Const<4>>;
+
 /// `phi(Q) / n` in the type of `phi_q`, and `1 / n [B, H, L]`, both 0 where `n = phi(Q) . z` is;
 /// `z [B, H, ceil(L / block), D]` is f32.
 pub(crate) fn normalised(
@@ -76,9 +81,9 @@ fn row_sum(x: f32) -> f32 {
 
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn normalise_kernel<F: Float>(
-    phi_q: &[F],
-    z: &[f32],
-    qn: &mut [F],
+    phi_q: &[Wide<F>],
+    z: &[Wide<f32>],
+    qn: &mut [Wide<F>],
     inverse: &mut [f32],
     len: usize,
     block: usize,
@@ -87,26 +92,40 @@ fn normalise_kernel<F: Float>(
 ) {
     let (row, head) = row_position();
     let lane = UNIT_POS as usize % LANES;
-    let start = (head * len + row) * dim;
-    let state = (head * len.div_ceil(block) + row / block) * dim;
+    let vectors = comptime!(dim / WIDE);
+    let start = (head * len + row) * vectors;
+    let state = (head * len.div_ceil(block) + row / block) * vectors;
     let mut sum = 0.0f32;
     if row < len {
-        for step in 0..comptime!(dim / LANES) {
-            let at = step * LANES + lane;
-            sum += f32::cast_from(phi_q[start + at]) * z[state + at];
+        #[unroll]
+        for step in 0..comptime!(vectors.div_ceil(LANES)) {
+            let at = comptime!(step * LANES) + lane;
+            if at < vectors {
+                let products = Wide::<f32>::cast_from(phi_q[start + at]) * z[state + at];
+                sum += element_sum(products);
+            }
         }
     }
     let n = row_sum(sum);
     let factor = select(n == 0.0, 0.0, 1.0 / n);
     if row < len {
-        for step in 0..comptime!(dim / LANES) {
-            let at = start + step * LANES + lane;
-            qn[at] = F::cast_from(f32::cast_from(phi_q[at]) * factor);
+        #[unroll]
+        for step in 0..comptime!(vectors.div_ceil(LANES)) {
+            let at = comptime!(step * LANES) + lane;
+            if at < vectors {
+                let y = Wide::<f32>::cast_from(phi_q[start + at]);
+                qn[start + at] = Wide::<F>::cast_from(y * Vector::new(factor));
+            }
         }
         if lane == 0 {
             inverse[head * len + row] = factor;
         }
     }
+}
+
+#[cube]
+fn element_sum(x: Wide<f32>) -> f32 {
+    (x.extract(0usize) + x.extract(1usize)) + (x.extract(2usize) + x.extract(3usize))
 }
 
 /// Gradients of rows of features, before they pass through phi.
@@ -124,7 +143,7 @@ pub(crate) struct FeatureGradient<'a> {
 }
 
 /// `others + dX` in the type of `phi_x`, where `dX` is the gradient of `X` for that of `phi(X)`:
-/// `phi_x` and `others` (f32) are contiguous `[B, H, L, D]`.
+/// `phi_x` and `others`, f32 or of its type, are contiguous `[B, H, L, D]`.
 pub(crate) fn through_phi(
     client: &Client,
     phi_x: &DeviceTensor<4>,
@@ -167,6 +186,7 @@ pub(crate) fn through_phi(
                 normalised: rows.is_some(),
             },
             phi_x.dtype().elem_type(),
+            others.dtype().elem_type(),
         );
     }
     Ok(out)
@@ -181,56 +201,70 @@ struct PhiConfig {
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn through_phi_kernel<F: Float>(
-    phi_x: &[F],
-    products: &[f32],
-    vectors: &[f32],
+fn through_phi_kernel<F: Float, G: Float>(
+    phi_x: &[Wide<F>],
+    products: &[Wide<f32>],
+    vectors: &[Wide<f32>],
     delta: &[f32],
     inverse: &[f32],
-    others: &[f32],
-    out: &mut [F],
+    others: &[Wide<G>],
+    out: &mut [Wide<F>],
     len: usize,
     block: usize,
     #[comptime] config: PhiConfig,
     #[define(F)] _dtype: ElemType,
+    #[define(G)] _others_dtype: ElemType,
 ) {
-    let dim = comptime!(config.dim);
+    let width = comptime!(config.dim / WIDE);
+    let steps = comptime!(width.div_ceil(LANES));
     let (row, head) = row_position();
     let lane = UNIT_POS as usize % LANES;
-    let start = (head * len + row) * dim;
-    let vector = (head * len.div_ceil(block) + row / block) * dim;
+    let start = (head * len + row) * width;
+    let vector = (head * len.div_ceil(block) + row / block) * width;
     let mut weight = 1.0f32.runtime();
     let mut factor = 1.0f32.runtime();
     if row < len && config.normalised {
         weight = -delta[head * len + row];
         factor = inverse[head * len + row];
     }
-    let mut mean = 0.0f32.runtime();
-    if comptime!(config.phi == FeatureMap::Softmax) {
-        let mut sum = 0.0f32;
-        if row < len {
-            for step in 0..comptime!(dim / LANES) {
-                let at = step * LANES + lane;
-                let grad = (products[start + at] + weight * vectors[vector + at]) * factor;
-                sum += grad * f32::cast_from(phi_x[start + at]);
+    let mut grads = Array::<Wide<f32>>::new(steps);
+    let mut sum = 0.0f32;
+    #[unroll]
+    for step in 0..steps {
+        let at = comptime!(step * LANES) + lane;
+        let mut grad = Wide::<f32>::new(0.0f32);
+        if row < len && at < width {
+            let shared = vectors[vector + at] * Vector::new(weight);
+            grad = (products[start + at] + shared) * Vector::new(factor);
+            if comptime!(config.phi == FeatureMap::Softmax) {
+                sum += element_sum(grad * Wide::<f32>::cast_from(phi_x[start + at]));
             }
         }
+        grads[step] = grad;
+    }
+    let mut mean = 0.0f32.runtime();
+    if comptime!(config.phi == FeatureMap::Softmax) {
         mean = row_sum(sum);
     }
-    if row < len {
-        for step in 0..comptime!(dim / LANES) {
-            let at = step * LANES + lane;
-            let grad = (products[start + at] + weight * vectors[vector + at]) * factor;
-            let y = f32::cast_from(phi_x[start + at]);
-            let dx = (grad - mean) * slope(y, config.phi);
-            out[start + at] = F::cast_from(dx + others[start + at]);
+    #[unroll]
+    for step in 0..steps {
+        let at = comptime!(step * LANES) + lane;
+        if row < len && at < width {
+            let y = Wide::<f32>::cast_from(phi_x[start + at]);
+            let mut dx = Wide::<f32>::cast_from(others[start + at]);
+            #[unroll]
+            for e in 0..WIDE {
+                let grad = (grads[step].extract(e) - mean) * slope(y.extract(e), config.phi);
+                dx.insert(e, dx.extract(e) + grad);
+            }
+            out[start + at] = Wide::<F>::cast_from(dx);
         }
     }
 }
 
 /// The slope of phi where its value is `y`.
 #[cube]
-fn slope(y: f32, #[comptime] phi: FeatureMap) -> f32 {
+pub(super) fn slope(y: f32, #[comptime] phi: FeatureMap) -> f32 {
     match comptime!(phi) {
         FeatureMap::Softmax => y,
         // Above 1 it is x + 1, below it is the exponential, which is its own slope.
@@ -249,10 +283,29 @@ pub(crate) fn rounded(
     if dtype == DType::F32 {
         return Ok(x.clone());
     }
+    rounded_terms(client, x, None, dtype)
+}
+
+/// `x + y` in `dtype`: `x` is f32, `y` f32 or of `dtype`, both contiguous.
+pub(crate) fn rounded_sum(
+    client: &Client,
+    x: &DeviceTensor<4>,
+    y: &DeviceTensor<4>,
+    dtype: DType,
+) -> Result<DeviceTensor<4>, ProblemError> {
+    rounded_terms(client, x, Some(y), dtype)
+}
+
+fn rounded_terms(
+    client: &Client,
+    x: &DeviceTensor<4>,
+    y: Option<&DeviceTensor<4>>,
+    dtype: DType,
+) -> Result<DeviceTensor<4>, ProblemError> {
     let out = DeviceTensor::empty(client, x.shape(), dtype);
     let units = 256;
-    let cubes = x.len().div_ceil(units);
-    // SAFETY: one unit to an element.
+    let cubes = (x.len() / WIDE).div_ceil(units);
+    // SAFETY: one unit to a vector.
     unsafe {
         round_kernel::launch_unchecked(
             client,
@@ -260,18 +313,32 @@ pub(crate) fn rounded(
             CubeDim::new_1d(units as u32),
             AddressType::from_len(x.len()),
             x.buffer_arg(),
+            y.unwrap_or(x).buffer_arg(),
             out.buffer_arg(),
+            y.is_some(),
             dtype.elem_type(),
+            y.unwrap_or(x).dtype().elem_type(),
         );
     }
     Ok(out)
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn round_kernel<F: Float>(x: &[f32], out: &mut [F], #[define(F)] _dtype: ElemType) {
+fn round_kernel<F: Float, G: Float>(
+    x: &[Wide<f32>],
+    y: &[Wide<G>],
+    out: &mut [Wide<F>],
+    #[comptime] adds: bool,
+    #[define(F)] _dtype: ElemType,
+    #[define(G)] _other_dtype: ElemType,
+) {
     let cube = CUBE_POS_Y as usize * CUBE_COUNT_X as usize + CUBE_POS_X as usize;
     let at = cube * CUBE_DIM as usize + UNIT_POS as usize;
     if at < x.len() {
-        out[at] = F::cast_from(x[at]);
+        let mut sum = x[at];
+        if adds {
+            sum += Wide::<f32>::cast_from(y[at]);
+        }
+        out[at] = Wide::<F>::cast_from(sum);
     }
 }

@@ -20,7 +20,7 @@ pub(crate) struct WalkConfig {
     pub value_dim: usize,
     pub block_q: usize,
     pub block_k: usize,
-    /// Whether `dphi` holds something already.
+    /// Whether the gradients hold something already.
     pub accumulate: bool,
     /// Whether blocks have weights `m`, of which the branch has the rest, `1 - m`.
     pub weighted: bool,
@@ -121,7 +121,7 @@ pub(crate) fn key_walk<E: TileEngine<F>, F: Float, N: Size, V: Size>(
     inverse: &InverseListView,
     weights: &BlockWeightsView,  // not read if blocks have none
     dphi: &mut [Vector<f32, V>], // [B, Hkv, Lk, D]
-    dv: &mut [Vector<f32, V>],   // [B, Hkv, Lk, Dv], which always holds something
+    dv: &mut [Vector<f32, V>],   // [B, Hkv, Lk, Dv]
     factor: f32,
     #[comptime] config: WalkConfig,
     #[define(F)] _dtype: ElemType,
@@ -202,7 +202,9 @@ pub(crate) fn key_walk<E: TileEngine<F>, F: Float, N: Size, V: Size>(
             first_column: 0,
             end_column: comptime!(config.value_dim as u32),
         };
-        add_rows::<f32, V, E::Fragment>(&mut dv_acc, &*dv, target, config.value_dim);
+        if config.accumulate {
+            add_rows::<f32, V, E::Fragment>(&mut dv_acc, &*dv, target, config.value_dim);
+        }
         store_rows::<f32, V, E::Fragment>(dv, &dv_acc, target, config.value_dim);
     }
 }

@@ -131,8 +131,29 @@ struct Results {
     lse: HostTensor,
 }
 
+/// The larger error; a maximum of `f64` drops a NaN.
+pub fn worse(one: f64, other: f64) -> f64 {
+    if other > one || other.is_nan() {
+        other
+    } else {
+        one
+    }
+}
+
+/// The forward's log-sum-exp, `[B, Hq, Lq, 1]`.
+pub fn download_lse(client: &Client, lse: &DeviceTensor<3>) -> Result<HostTensor, Error> {
+    let [batch, heads, len] = lse.shape();
+    let column = DeviceTensor::new(
+        lse.handle().clone(),
+        [batch, heads, len, 1],
+        [heads * len, len, 1, 1],
+        lse.dtype(),
+    );
+    HostTensor::download(client, &column.map_err(cubesla::Error::from)?)
+}
+
 /// Rows of a head, `[1, 1, rows, D]`.
-fn gathered(x: &HostTensor, [b, h]: [usize; 2], rows: &[usize]) -> Tensor {
+pub fn gathered(x: &HostTensor, [b, h]: [usize; 2], rows: &[usize]) -> Tensor {
     let rows: Vec<Tensor> = rows.iter().map(|&i| x.row([b, h, i])).collect();
     let dim = rows.first().map_or(0, |row| row.data().len());
     let data = rows.iter().flat_map(|row| row.data()).copied().collect();
@@ -148,18 +169,9 @@ impl Work for Backward {
     fn check(&self) -> Result<Check, Error> {
         let client = &self.client;
         let gradients = self.gradients(0)?;
-        let lse = &self.forward.lse;
-        let [batch, heads, len] = lse.shape();
-        let lse = DeviceTensor::new(
-            lse.handle().clone(),
-            [batch, heads, len, 1],
-            [heads * len, len, 1, 1],
-            lse.dtype(),
-        )
-        .map_err(cubesla::Error::from)?;
         let results = Results {
             out: HostTensor::download(client, &self.forward.out)?,
-            lse: HostTensor::download(client, &lse)?,
+            lse: download_lse(client, &self.forward.lse)?,
         };
         let [dq, dk, dv] = [&gradients.dq, &gradients.dk, &gradients.dv]
             .map(|gradient| HostTensor::download(client, gradient));
@@ -174,16 +186,8 @@ impl Work for Backward {
             }
         }
         let errors = pairs.map(|(found, exact)| relative_error(&found, &exact));
-        // A maximum of `f64` drops a NaN.
-        let worst = |worst: f64, error: f64| {
-            if error > worst || error.is_nan() {
-                error
-            } else {
-                worst
-            }
-        };
         Ok(Check {
-            error: errors.into_iter().fold(0.0, worst),
+            error: errors.into_iter().fold(0.0, worse),
             // Two factors are rounded where the forward has one.
             bound: 2.0 * bound(self.inputs.size.dtype),
         })

@@ -8,6 +8,7 @@ mod matmul;
 mod route;
 mod size;
 mod sla;
+mod sla_backward;
 mod sparse;
 mod top_k;
 
@@ -83,6 +84,7 @@ pub fn all(scale: Scale, dtype: Option<DType>) -> Vec<Case> {
     cases.extend(linear::cases(scale, dtype));
     cases.extend(low_bit::cases(scale, dtype));
     cases.extend(sla::cases(scale, dtype));
+    cases.extend(sla_backward::cases(scale, dtype));
     cases.extend(matmul::cases(scale, dtype));
     cases
 }
@@ -171,6 +173,8 @@ mod tests {
             "sla2_forward/97-global-int8-fp8/b1h12l32760d128/bf16",
             "sla_forward/95-global/b1h12l32760d128/bf16",
             "sla2_forward/97-complement/b1h12l32760d128/bf16",
+            "sla2_backward/95-global/b1h12l32760d128/bf16",
+            "sla_backward/95-complement/b1h12l32760d128/bf16",
             "matmul/int8/m8192n8192k8192/bf16",
             "matmul/w4a16/m1n8192k8192/bf16",
         ] {

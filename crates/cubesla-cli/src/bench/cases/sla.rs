@@ -13,9 +13,12 @@ use super::{Case, Check, Cost, Qkv, Scale, Size, Work, bound, linear, sparse};
 use crate::bench::host::HostTensor;
 use crate::error::Error;
 
+/// Which of the two.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Method {
+pub enum Method {
+    /// Projects its linear branch.
     Sla,
+    /// Weighs its branches.
     Sla2,
 }
 
@@ -37,7 +40,9 @@ pub fn cases(scale: Scale, dtype: Option<DType>) -> Vec<Case> {
                 cases.push(Case {
                     name: format!("{name}/{percent}-{over}/{size}"),
                     prepare: Box::new(move |client| {
-                        Ok(Box::new(Sla::new(client, size, method, mode, precision)?))
+                        let critical = f64::from(100 - percent) / 100.0;
+                        let sla = Sla::new(client, size, method, critical, mode, precision)?;
+                        Ok(Box::new(sla))
                     }),
                 });
             }
@@ -46,24 +51,33 @@ pub fn cases(scale: Scale, dtype: Option<DType>) -> Vec<Case> {
     cases
 }
 
-struct Sla {
-    client: Client,
-    inputs: Qkv,
-    method: Method,
+/// An operation with its inputs.
+pub struct Sla {
+    /// The device's.
+    pub client: Client,
+    /// Q, K and V.
+    pub inputs: Qkv,
+    /// SLA or SLA2.
+    pub method: Method,
     /// Share of critical blocks.
     critical: f64,
-    options: SlaOptions<'static>,
+    /// All but the blocks are the defaults.
+    pub options: SlaOptions<'static>,
     /// `Wl [Dv, Dv]` and `bl [Dv]`, or SLA2's logits `[H, 1]` and nothing.
-    weights: [HostTensor; 2],
-    wl: DeviceTensor<2>,
-    bl: DeviceTensor<1>,
+    pub weights: [HostTensor; 2],
+    /// The first of them on the device.
+    pub wl: DeviceTensor<2>,
+    /// The second.
+    pub bl: DeviceTensor<1>,
 }
 
 impl Sla {
-    fn new(
+    /// Random inputs and weights.
+    pub fn new(
         client: &Client,
         size: Size,
         method: Method,
+        critical: f64,
         mode: LinearMode,
         precision: Precision,
     ) -> Result<Self, Error> {
@@ -71,10 +85,6 @@ impl Sla {
         let negligible = match (method, mode) {
             (Method::Sla, LinearMode::Complement) => 0.10,
             _ => 0.0,
-        };
-        let critical = match method {
-            Method::Sla => 0.05,
-            Method::Sla2 => 0.03,
         };
         let router = RouterOptions {
             critical,
@@ -109,7 +119,8 @@ impl Sla {
         })
     }
 
-    fn forward(&self, number: usize) -> Result<SlaResult, Error> {
+    /// Calls the operation.
+    pub fn forward(&self, number: usize) -> Result<SlaResult, Error> {
         let [q, k, v] = self.inputs.copy(number);
         let (client, options) = (&self.client, &self.options);
         Ok(match self.method {
@@ -118,10 +129,24 @@ impl Sla {
         })
     }
 
-    fn problem(&self) -> Result<AttentionProblem, Error> {
+    /// The attention problem of its sparse branch.
+    pub fn problem(&self) -> Result<AttentionProblem, Error> {
         let [q, k, v] = self.inputs.copy(0);
         let problem = AttentionProblem::new(q, k, v, &self.options.attention);
         problem.map_err(|source| cubesla::Error::from(source).into())
+    }
+
+    /// SLA2's weight of the sparse branch.
+    pub fn alpha(&self, head: usize) -> f64 {
+        let logit = self.weights[0].row([0, 0, head])[[0, 0, 0, 0]];
+        1.0 / (1.0 + (-logit).exp())
+    }
+
+    /// Pairs of a query and a critical key.
+    pub fn critical_pairs(&self) -> f64 {
+        let (len, block_k) = (self.inputs.size.len, self.options.attention.block_k);
+        let critical = critical_count(self.critical, len.div_ceil(block_k));
+        (len * (critical * block_k).min(len)) as f64
     }
 
     fn combined(&self, sparse: &Tensor, linear: &Tensor, head: usize) -> Tensor {
@@ -129,7 +154,7 @@ impl Sla {
         match self.method {
             Method::Sla => combine_sla(sparse, linear, &weights, &bias),
             Method::Sla2 => {
-                let a = 1.0 / (1.0 + (-weights[[0, 0, head, 0]]).exp());
+                let a = self.alpha(head);
                 combine_sla2(sparse, linear, &Tensor::full([1, 1, 1, 1], a), 1)
             }
         }
@@ -180,14 +205,11 @@ impl Work for Sla {
 
     fn cost(&self) -> Cost {
         let size = self.inputs.size;
-        let blocks = size.len.div_ceil(self.options.attention.block_k);
-        let critical = critical_count(self.critical, blocks);
-        let keys = (critical * self.options.attention.block_k).min(size.len);
         let projection = match self.method {
             Method::Sla => size.linear_flops() / 2.0,
             Method::Sla2 => 0.0,
         };
-        let sparse = size.pair_flops() * (size.len * keys) as f64;
+        let sparse = size.pair_flops() * self.critical_pairs();
         Cost {
             flops: sparse + size.linear_flops() + projection,
             low_bit_flops: match self.options.precision {
