@@ -3,10 +3,14 @@
 //! A plan is a pure function of the problem and the device's properties: the same question always
 //! has the same answer, which can be printed, and needs no device to be asked. Engines are tried
 //! from the fastest to the most portable; a plan keeps why the faster ones were passed over.
+//!
+//! What sizes cannot tell can be [measured](ForwardPlan::tuned) instead: see [`Choice`].
 
 mod matmul;
+mod tune;
 
 pub use matmul::{MatmulEngine, MatmulPlan};
+pub use tune::{Choice, choice, set_choice};
 
 use std::fmt;
 
@@ -92,6 +96,34 @@ impl ForwardPlan {
             });
         }
         Ok(plans)
+    }
+
+    /// The plans among which [`tuned`](Self::tuned) measures: that of [`new`](Self::new) first, then
+    /// other sizes of its engine, and for an engine of one size the next engine.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn candidates(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+    ) -> Result<Vec<Self>, ProblemError> {
+        let mut plans = Self::all(problem, device)?;
+        match plans[0].engine {
+            ForwardEngine::Tile(plan) => {
+                let choices = plan.choices(problem, device).into_iter();
+                let passed_over = &plans[0].passed_over;
+                let sized = |plan| Self {
+                    engine: ForwardEngine::Tile(plan),
+                    passed_over: passed_over.clone(),
+                };
+                Ok(choices.map(sized).collect())
+            }
+            #[cfg(feature = "cuda")]
+            ForwardEngine::Wgmma(_) => {
+                plans.truncate(2);
+                Ok(plans)
+            }
+        }
     }
 
     /// Runs the plan. Nothing is launched if an argument is refused.

@@ -69,6 +69,7 @@ impl StatesPlan {
                     rows,
                     cols: 32,
                     units: 2 * rows,
+                    stages: 1,
                 },
                 width: widest(if head_dim > 128 { 64 } else { 128 }),
             });
@@ -80,6 +81,7 @@ impl StatesPlan {
                 rows: head_dim,
                 cols,
                 units: head_dim * 8 / per_unit,
+                stages: 1,
             };
             let needs = TileNeeds {
                 owned: vec![],
@@ -88,6 +90,7 @@ impl StatesPlan {
                 lefts: 0,
                 max_rows: head_dim,
                 max_cols: cols,
+                max_stages: 1,
             };
             if simt_shared_memory(&needs, tile) <= device.hardware.max_shared_memory_size
                 && tile.units <= device.hardware.max_units_per_cube as usize
@@ -325,9 +328,9 @@ fn states_kernel<E: TileEngine<F>, F: Float, N: Size, V: Size>(
             min(at + comptime!(tile.cols as u32), end),
         );
         E::begin_load::<N>(&mut values, v, value_rows.at_column(first_column), tile);
-        E::await_load(&mut keys);
+        E::await_loads(1usize);
         E::apply_feature_map(&mut keys, rows.len, config.phi, tile);
-        E::await_load(&mut values);
+        E::await_loads(0usize);
         E::mul_tn(&mut acc, &keys, &values);
         if owner && CUBE_POS_Y == 0 {
             E::add_column_sums(&mut sums, &keys, own);

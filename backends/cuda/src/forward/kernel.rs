@@ -5,7 +5,7 @@
 //! it, which is where the speed is.
 
 use cubecl::prelude::*;
-use cubesla_kernels::block_list::{BlockListView, KeyWalk};
+use cubesla_kernels::block_list::{BlockListView, KeyWalk, Walk, WalkExpand};
 
 use super::config::{Memory, WgmmaTile};
 use super::consumer::consume;

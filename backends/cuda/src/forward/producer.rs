@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::BlockListView;
+use cubesla_kernels::block_list::{BlockListView, Walk, WalkExpand};
 
 use super::config::{Memory, Place};
 use super::kernel::{ForwardConfig, ForwardScalars, Item};

@@ -6,7 +6,7 @@
 //! few times a row instead of once a tile. Weights then reach 2^8, which f16 and f32 sums hold.
 
 use cubecl::prelude::*;
-use cubesla_kernels::block_list::KeyTile;
+use cubesla_kernels::block_list::Span;
 
 use super::kernel::{ForwardConfig, ForwardScalars};
 use crate::ptx::{math, wgmma};
@@ -76,7 +76,7 @@ impl RowPair {
 #[cube]
 pub(crate) fn take_scores(
     rows: &mut RowPair,
-    keys: KeyTile,
+    keys: Span,
     scalars: ForwardScalars,
     #[comptime] buffer: usize,
     #[comptime] config: ForwardConfig,
@@ -144,7 +144,7 @@ pub(crate) fn make_weights(
 pub(crate) fn mask(
     scores: &mut Array<f32>,
     rows: &RowPair,
-    keys: KeyTile,
+    keys: Span,
     lowest: f32,
     scalars: ForwardScalars,
     #[comptime] config: ForwardConfig,

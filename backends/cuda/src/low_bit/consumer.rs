@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::{BlockListView, KeyTile};
+use cubesla_kernels::block_list::{BlockListView, Span, Walk, WalkExpand};
 
 use super::config::LowBitConfig;
 use super::epilogue::store;
@@ -83,7 +83,7 @@ impl Factors {
 
     /// What turns products of codes with `keys` into base-2 scores: positive, also where it would
     /// underflow, so that it leaves masked scores below all others.
-    fn of(&self, scales: &Scales, keys: KeyTile) -> f32 {
+    fn of(&self, scales: &Scales, keys: Span) -> f32 {
         let block = keys.first / comptime!(self.block_k as u32);
         self.queries * scales.keys[(self.keys + block) as usize] + 1.0e-37
     }
@@ -148,7 +148,7 @@ impl Consumer {
             }
 
             for t in 1..item.tiles {
-                let keys = KeyTile {
+                let keys = Span {
                     first: value::<u32>(next_first),
                     end: value::<u32>(next_end),
                 };

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::BlockListView;
+use cubesla_kernels::block_list::{BlockListView, Walk, WalkExpand};
 
 use super::config::LowBitConfig;
 use crate::forward::config::{Memory, Place};

@@ -4,7 +4,7 @@
 //! scaled scores, and that FP8 weights are relative to the largest score so far, as they saturate.
 
 use cubecl::prelude::*;
-use cubesla_kernels::block_list::KeyTile;
+use cubesla_kernels::block_list::Span;
 
 use super::config::LowBitConfig;
 use crate::forward::kernel::ForwardScalars;
@@ -22,7 +22,7 @@ pub(super) const FP8_SHIFT: f32 = 8.807_355;
 #[cube]
 pub(super) fn softmax(
     rows: &mut RowPair,
-    keys: KeyTile,
+    keys: Span,
     factor: f32,
     scalars: ForwardScalars,
     #[comptime] config: LowBitConfig,
