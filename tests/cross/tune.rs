@@ -1,11 +1,10 @@
 //! Plans other than the table's: stages, candidates, and the measured choice with its cache.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::{env, fs, process};
 
-use cubecl::environment;
-use cubesla::plan::{ForwardEngine, ForwardPlan};
+use cubesla::plan::{self, ForwardEngine, ForwardPlan};
 use cubesla_kernels::attention;
 use cubesla_kernels::engine::Tile;
 use harness::{AttentionCase, Lists, client};
@@ -74,24 +73,32 @@ fn a_refused_argument_is_not_measured() {
     });
 }
 
-/// Names the cache of [`a_process_that_tunes`].
-const CACHE: &str = "CUBESLA_TEST_CACHE";
-
 #[test]
 #[ignore = "run by the tests of the cache, in processes of their own"]
 fn a_process_that_tunes() {
-    environment::set_root(env::var_os(CACHE).expect("the folder of the cache"));
     let client = client();
     let inputs = case().inputs();
-    let tuned = |_: usize| {
+    let run = |tuned: bool| {
         case().run_plans(&client, &inputs, |problem, inputs| {
+            let candidates = ForwardPlan::candidates(problem, client.properties());
+            let candidates = candidates.expect("a plan");
+            for plan in candidates.iter().filter(|_| !tuned) {
+                println!("candidate: {}", plan.engine);
+            }
+            if !tuned {
+                return candidates;
+            }
             vec![ForwardPlan::tuned(&client, problem, inputs).expect("a plan")]
         })
     };
-    let [first, again] = [0, 1].map(tuned);
-    assert_eq!(first[0].0, again[0].0);
-    assert_eq!(first[0].1.out, again[0].1.out);
-    println!("chosen: {}", first[0].0);
+    let all = run(false);
+    let [first, again] = [true, true].map(run);
+    assert_eq!(first, again);
+    assert!(all.contains(&first[0]), "not the bits of the same plan");
+    println!("chosen: {}", first[0].0.engine);
+    if let Some(fault) = plan::cache_fault() {
+        println!("fault: {fault}");
+    }
     case().check_all(&inputs, first);
 }
 
@@ -105,13 +112,31 @@ impl Folder {
         Self(folder)
     }
 
-    /// Files of the cache.
-    fn files(&self) -> Vec<PathBuf> {
-        let entries = fs::read_dir(&self.0).expect("the folder");
-        let files = entries.map(|entry| entry.expect("an entry").path());
-        files
-            .filter(|path| path.is_file() && path.extension().is_none_or(|end| end != "log"))
-            .collect()
+    fn file(&self) -> PathBuf {
+        self.0.join("plans.json")
+    }
+
+    /// What a process with this folder as its cache says.
+    fn tune(&self) -> Said {
+        let program = env::current_exe().expect("this program");
+        let output = Command::new(program)
+            .args(["--ignored", "--exact", "tune::a_process_that_tunes"])
+            .arg("--nocapture")
+            .env("CUBESLA_CACHE", &self.0)
+            .output()
+            .expect("the process to start");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{text}{errors}");
+        let after = |mark: &str| -> Vec<String> {
+            let lines = text.lines().filter_map(|line| line.split_once(mark));
+            lines.map(|(_, rest)| rest.to_owned()).collect()
+        };
+        Said {
+            candidates: after("candidate: "),
+            chosen: after("chosen: ").remove(0),
+            fault: after("fault: ").pop(),
+        }
     }
 }
 
@@ -121,50 +146,38 @@ impl Drop for Folder {
     }
 }
 
-/// The choice of a process with that cache, and whether it measured.
-fn tune_in(cache: &Path) -> (String, bool) {
-    let log = cache.join("tuning.log");
-    let _ = fs::remove_file(&log);
-    let program = env::current_exe().expect("this program");
-    let output = Command::new(program)
-        .args(["--ignored", "--exact", "tune::a_process_that_tunes"])
-        .arg("--nocapture")
-        .env(CACHE, cache)
-        .env("CUBECL_DEBUG_LOG", &log)
-        .output()
-        .expect("the process to start");
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{text}{errors}");
-    let mut choices = text.lines().filter_map(|line| {
-        let (_, plan) = line.split_once("chosen: ")?;
-        Some(plan.to_owned())
-    });
-    let chosen = choices.next().expect("a choice");
-    let logged = fs::read_to_string(&log).unwrap_or_default();
-    (chosen, logged.contains("Fastest result"))
+struct Said {
+    candidates: Vec<String>,
+    chosen: String,
+    fault: Option<String>,
 }
 
 #[test]
-fn a_later_process_reads_the_choice() {
+fn a_later_process_takes_the_choice_from_the_file() {
     let folder = Folder::new("cache");
-    let (first, measured) = tune_in(&folder.0);
-    assert!(measured, "nothing was measured");
-    assert!(!folder.files().is_empty(), "nothing was kept");
-    let (second, measured) = tune_in(&folder.0);
-    assert!(!measured, "the choice was not read");
-    assert_eq!(first, second);
+    let first = folder.tune();
+    assert_eq!(first.fault, None);
+    assert!(first.candidates.contains(&first.chosen));
+    // Another choice than the measured one can only come from the file.
+    let other = first.candidates.iter().find(|name| **name != first.chosen);
+    let other = other.expect("two candidates");
+    let text = fs::read_to_string(folder.file()).expect("the file of choices");
+    assert!(text.contains(&first.chosen), "{text}");
+    fs::write(folder.file(), text.replace(&first.chosen, other)).expect("the file to be written");
+    assert_eq!(folder.tune().chosen, *other);
+    // One that no longer exists is measured anew.
+    fs::write(folder.file(), text.replace(&first.chosen, "simd 1x1")).expect("as before");
+    let third = folder.tune();
+    assert!(third.candidates.contains(&third.chosen));
 }
 
 #[test]
-fn a_cache_that_cannot_be_read_is_done_without() {
+fn a_broken_file_is_told_of_and_written_anew() {
     let folder = Folder::new("broken-cache");
-    tune_in(&folder.0);
-    let files = folder.files();
-    assert!(!files.is_empty(), "nothing was kept");
-    for file in files {
-        fs::write(file, "not a cache").expect("the file to be written");
-    }
-    let (_, measured) = tune_in(&folder.0);
-    assert!(measured, "nothing was measured");
+    fs::write(folder.file(), "not a cache").expect("the file to be written");
+    let first = folder.tune();
+    assert!(first.fault.expect("a fault").contains("cannot be read"));
+    let second = folder.tune();
+    assert_eq!(second.fault, None);
+    assert_eq!(second.chosen, first.chosen);
 }

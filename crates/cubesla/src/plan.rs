@@ -6,19 +6,20 @@
 //!
 //! What sizes cannot tell can be [measured](ForwardPlan::tuned) instead: see [`Choice`].
 
+mod answers;
 mod matmul;
 mod tune;
 
+pub use answers::CacheFault;
+pub use cubesla_kernels::attention::{ForwardInputs, ForwardOutputs};
 pub use matmul::{MatmulEngine, MatmulPlan};
-pub use tune::{Choice, choice, set_choice};
+pub use tune::{Choice, cache_fault, choice, set_choice};
 
 use std::fmt;
 
 use cubecl::client::Client;
 use cubecl::ir::DeviceProperties;
-use cubesla_kernels::attention::{
-    self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LowBitFormats,
-};
+use cubesla_kernels::attention::{self, BackwardInputs, BackwardOutputs, LowBitFormats};
 use cubesla_kernels::linear::FeatureMap;
 use cubesla_kernels::sla::{self, Combination, LinearMode, Precision, SlaInputs, SlaOutput};
 use cubesla_kernels::{AttentionProblem, ProblemError};
@@ -151,13 +152,19 @@ impl ForwardPlan {
     }
 }
 
+impl fmt::Display for ForwardEngine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Wgmma(plan) => write!(f, "{plan}"),
+            Self::Tile(plan) => write!(f, "{plan}"),
+        }
+    }
+}
+
 impl fmt::Display for ForwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.engine {
-            #[cfg(feature = "cuda")]
-            ForwardEngine::Wgmma(plan) => write!(f, "{plan}")?,
-            ForwardEngine::Tile(plan) => write!(f, "{plan}")?,
-        }
+        write!(f, "{}", self.engine)?;
         write_passed_over(f, &self.passed_over)
     }
 }

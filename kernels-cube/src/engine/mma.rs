@@ -539,11 +539,10 @@ pub fn mma_tile(
     device: &DeviceProperties,
 ) -> Result<Tile, &'static str> {
     let tiles = mma_tiles(needs, dtype, device)?;
+    // Of 128 rows, half as many cubes fit a multiprocessor, each of which waits as one.
     tiles
-        .iter()
+        .into_iter()
         .find(|tile| tile.rows <= 64)
-        .or(tiles.first())
-        .copied()
         .ok_or("no tile fits the shared memory")
 }
 
