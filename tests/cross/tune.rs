@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::{env, fs, process};
 
-use cubesla::plan::{self, ForwardEngine, ForwardPlan};
+use cubesla::plan::{self, Choice, ForwardEngine, ForwardPlan};
+use cubesla::{block_sparse_attention, download};
 use cubesla_kernels::attention;
 use cubesla_kernels::engine::Tile;
 use harness::{AttentionCase, Lists, client};
@@ -95,6 +96,13 @@ fn a_process_that_tunes() {
     let [first, again] = [true, true].map(run);
     assert_eq!(first, again);
     assert!(all.contains(&first[0]), "not the bits of the same plan");
+    // What callers see once they have asked for it.
+    assert_eq!(plan::choice(), Choice::Table);
+    plan::set_choice(Choice::Tuned);
+    let ([q, k, v], list) = case().upload_inputs(&client, &inputs);
+    let called = block_sparse_attention(&client, &q, &k, &v, &list, &case().options);
+    let out = download(&client, &called.expect("a valid call").out).expect("the output");
+    assert_eq!(out, first[0].1.out);
     println!("chosen: {}", first[0].0.engine);
     if let Some(fault) = plan::cache_fault() {
         println!("fault: {fault}");

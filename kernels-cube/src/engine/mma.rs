@@ -131,10 +131,14 @@ impl<F: Float> MmaOperand<F> {
         self.first + row * comptime!(pitch(self.width)) + vector
     }
 
-    /// Begins to fill one vector of the tile, counted along its rows.
-    fn load<N: Size>(&mut self, number: usize, src: &Tensor<Vector<F, N>>, rows: RowRange) {
-        let vectors = comptime!(padded(self.width) / WIDE);
-        let (row, vector) = (number / vectors, number % vectors);
+    /// Begins to fill one vector of the tile.
+    fn load<N: Size>(
+        &mut self,
+        row: usize,
+        vector: usize,
+        src: &Tensor<Vector<F, N>>,
+        rows: RowRange,
+    ) {
         let exists = (row as u32) < rows.len && vector < comptime!(self.width / WIDE);
         let to = self.at(row, vector);
         let start = rows.base + row * rows.row_stride;
@@ -240,16 +244,27 @@ impl<F: Float> TileEngine<F> for Mma {
         rows: RowRange,
         #[comptime] tile: Tile,
     ) {
-        let total = comptime!(dst.rows * padded(dst.width) / WIDE);
+        let vectors = comptime!(padded(dst.width) / WIDE);
+        let total = comptime!(dst.rows * vectors);
         let steps = comptime!(total.div_ceil(tile.units));
-        #[unroll(steps <= 16)]
+        // Where whole rows make a step, a unit keeps to its column.
+        let whole = comptime!(tile.units.is_multiple_of(vectors));
+        let (own_row, own_vector) = (UNIT_POS as usize / vectors, UNIT_POS as usize % vectors);
+        // Other programs have no registers to spare.
+        #[unroll(tile.stages > 1 && steps <= 16)]
         for step in 0..steps {
-            let at = step * comptime!(tile.units) + UNIT_POS as usize;
+            let mut row = own_row + step * comptime!(tile.units / vectors);
+            let mut vector = own_vector;
+            if comptime!(!whole) {
+                let at = step * comptime!(tile.units) + UNIT_POS as usize;
+                row = at / vectors;
+                vector = at % vectors;
+            }
             if comptime!(total.is_multiple_of(tile.units)) {
-                dst.load::<N>(at, src, rows);
+                dst.load::<N>(row, vector, src, rows);
             } else {
-                if at < total {
-                    dst.load::<N>(at, src, rows);
+                if row < comptime!(dst.rows) {
+                    dst.load::<N>(row, vector, src, rows);
                 }
             }
         }
