@@ -246,26 +246,21 @@ impl<F: Float> TileEngine<F> for Mma {
     ) {
         let vectors = comptime!(padded(dst.width) / WIDE);
         let total = comptime!(dst.rows * vectors);
-        let steps = comptime!(total.div_ceil(tile.units));
-        // Where whole rows make a step, a unit keeps to its column.
-        let whole = comptime!(tile.units.is_multiple_of(vectors));
-        let (own_row, own_vector) = (UNIT_POS as usize / vectors, UNIT_POS as usize % vectors);
-        // Other programs have no registers to spare.
-        #[unroll(tile.stages > 1 && steps <= 16)]
-        for step in 0..steps {
-            let mut row = own_row + step * comptime!(tile.units / vectors);
-            let mut vector = own_vector;
-            if comptime!(!whole) {
-                let at = step * comptime!(tile.units) + UNIT_POS as usize;
-                row = at / vectors;
-                vector = at % vectors;
+        // Steps of whole rows keep a unit to its column, but their addresses take registers, of which
+        // programs without stages have none to spare.
+        let whole =
+            comptime!(tile.units.is_multiple_of(vectors) && total.is_multiple_of(tile.units));
+        let mut at = UNIT_POS as usize;
+        if comptime!(whole && tile.stages > 1) {
+            #[unroll]
+            for step in 0..comptime!(total / tile.units) {
+                let row = at / vectors + comptime!(step * tile.units / vectors);
+                dst.load::<N>(row, at % vectors, src, rows);
             }
-            if comptime!(total.is_multiple_of(tile.units)) {
-                dst.load::<N>(row, vector, src, rows);
-            } else {
-                if row < comptime!(dst.rows) {
-                    dst.load::<N>(row, vector, src, rows);
-                }
+        } else {
+            while at < total {
+                dst.load::<N>(at / vectors, at % vectors, src, rows);
+                at += tile.units;
             }
         }
         copies::commit();
