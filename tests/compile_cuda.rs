@@ -6,13 +6,15 @@
 
 use std::process::ExitCode;
 
+use cubesla::plan::{ForwardEngine, ForwardPlan};
 use cubesla::{
-    AttentionOptions, Causal, Client, Critical, DType, FeatureMap, Format, Granularity,
-    InverseBlockList, LinearMode, Precision, RouterOptions, TopKOrder, dynamic_matmul,
+    AttentionOptions, AttentionProblem, Causal, Client, Critical, DType, FeatureMap, Format,
+    Granularity, InverseBlockList, LinearMode, Precision, RouterOptions, TopKOrder, dynamic_matmul,
     fake_quantize, linear_attention, low_bit_attention, quantize, quantized_matmul,
     quantized_matmul_backward, route, select_blocks, soft_top_k, soft_top_k_backward, top_k,
     upload, weight_only_matmul,
 };
+use cubesla_kernels::attention::{self, ForwardInputs};
 use harness::low_bit::FORMATS;
 use harness::sla::Combine;
 use harness::soft::SoftCase;
@@ -73,7 +75,27 @@ fn compile_attention(client: &Client) {
         let rescaled = case.options.scale.is_some();
         if usual && case.head_dim == 128 && !rescaled {
             compile_both_branches(client, case);
+            compile_candidates(client, case);
         }
+    }
+}
+
+/// What tuning may choose where there is no Hopper engine.
+fn compile_candidates(client: &Client, case: AttentionCase) {
+    let candidates = |problem: &AttentionProblem, _: ForwardInputs<'_>| {
+        let device = client.properties();
+        let Ok(plan) = attention::ForwardPlan::mma(problem, device) else {
+            return Vec::new();
+        };
+        let plans = plan.choices(problem, device).into_iter();
+        let forward = |plan| ForwardPlan {
+            engine: ForwardEngine::Tile(plan),
+            passed_over: Vec::new(),
+        };
+        plans.map(forward).collect()
+    };
+    for (plan, _) in case.run_plans(client, &case.inputs(), candidates) {
+        println!("{} D={}: candidate {plan}", case.dtype, case.head_dim);
     }
 }
 

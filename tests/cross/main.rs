@@ -14,3 +14,4 @@ mod sla;
 mod sla_backward;
 mod sla_low_bit;
 mod soft;
+mod tune;

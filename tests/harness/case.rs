@@ -210,18 +210,31 @@ impl AttentionCase {
 
     /// Runs the forward with every engine that can, each into poisoned, guarded outputs.
     pub fn run_all(&self, client: &Client, inputs: &Inputs) -> Vec<(ForwardPlan, Outputs)> {
+        let all = |problem: &AttentionProblem, _: ForwardInputs<'_>| {
+            ForwardPlan::all(problem, client.properties()).expect("a plan")
+        };
+        self.run_plans(client, inputs, all)
+    }
+
+    /// Runs the plans that `plans` makes for the uploaded inputs.
+    pub fn run_plans(
+        &self,
+        client: &Client,
+        inputs: &Inputs,
+        plans: impl FnOnce(&AttentionProblem, ForwardInputs<'_>) -> Vec<ForwardPlan>,
+    ) -> Vec<(ForwardPlan, Outputs)> {
         let ([q, k, v], list) = self.upload_inputs(client, inputs);
         let problem = AttentionProblem::new(&q, &k, &v, &self.options).expect("a valid problem");
-        let plans = ForwardPlan::all(&problem, client.properties()).expect("a plan");
+        let inputs = ForwardInputs {
+            q: &q,
+            k: &k,
+            v: &v,
+            list: &list,
+        };
+        let plans = plans(&problem, inputs);
         let run = |plan: ForwardPlan| {
             let out = Poisoned::new(client, problem.out_shape(), self.dtype);
             let lse = Poisoned::new(client, problem.lse_shape(), DType::F32);
-            let inputs = ForwardInputs {
-                q: &q,
-                k: &k,
-                v: &v,
-                list: &list,
-            };
             let outputs = ForwardOutputs {
                 out: &out.tensor,
                 lse: &lse.tensor,
@@ -262,8 +275,13 @@ impl AttentionCase {
     /// Runs the case with every engine and compares each with the reference by the error rules.
     pub fn check(&self, client: &Client) {
         let inputs = self.inputs();
-        for (plan, outputs) in self.run_all(client, &inputs) {
-            self.check_outputs(&inputs, &outputs, &plan.to_string());
+        self.check_all(&inputs, self.run_all(client, &inputs));
+    }
+
+    /// Compares what plans gave with the reference.
+    pub fn check_all(&self, inputs: &Inputs, outputs: Vec<(ForwardPlan, Outputs)>) {
+        for (plan, outputs) in outputs {
+            self.check_outputs(inputs, &outputs, &plan.to_string());
         }
     }
 

@@ -164,18 +164,62 @@ fn plans_are_the_ones_written_down() {
             .unwrap();
         }
     }
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/plans/plans.txt");
-    if std::env::var_os("UPDATE_PLANS").is_some() {
-        std::fs::write(file, &table).unwrap();
+    expect_file("plans.txt", &table);
+}
+
+#[test]
+fn candidates_are_the_ones_written_down() {
+    let mut table = String::new();
+    for profile in &PROFILES {
+        writeln!(table, "{}", profile.name).unwrap();
+        let device = profile.properties();
+        let cases = harness::golden::forward_cases();
+        for case in cases.into_iter().filter(|case| case.dtype == DType::BF16) {
+            let problem = AttentionProblem::from_shapes(
+                case.q_shape(),
+                case.k_shape(),
+                case.v_shape(),
+                case.dtype,
+                &case.options,
+            )
+            .unwrap();
+            writeln!(
+                table,
+                "  D={} Dv={} blocks {}x{} scale {:+.3}",
+                case.head_dim,
+                case.value_dim,
+                case.options.block_q,
+                case.options.block_k,
+                problem.scale(),
+            )
+            .unwrap();
+            let plans = ForwardPlan::candidates(&problem, &device).unwrap_or_default();
+            if let Some(table) = plans.first() {
+                assert_eq!(*table, ForwardPlan::new(&problem, &device).unwrap());
+            }
+            for (number, plan) in plans.iter().enumerate() {
+                assert!(!plans[..number].contains(plan), "{plan} twice");
+                writeln!(table, "    {}", plan.engine).unwrap();
+            }
+        }
     }
-    let golden = std::fs::read_to_string(file).unwrap_or_default();
+    expect_file("candidates.txt", &table);
+}
+
+/// Compares `table` with what a file of this folder says, or writes it down.
+fn expect_file(name: &str, table: &str) {
+    let file = format!("{}/plans/{name}", env!("CARGO_MANIFEST_DIR"));
+    if std::env::var_os("UPDATE_PLANS").is_some() {
+        std::fs::write(&file, table).unwrap();
+    }
+    let golden = std::fs::read_to_string(&file).unwrap_or_default();
     for (line, (found, expected)) in table.lines().zip(golden.lines()).enumerate() {
-        assert_eq!(found, expected, "line {} of plans.txt", line + 1);
+        assert_eq!(found, expected, "line {} of {name}", line + 1);
     }
     assert_eq!(
         table.lines().count(),
         golden.lines().count(),
-        "plans.txt has other lines"
+        "{name} has other lines"
     );
 }
 

@@ -7,7 +7,7 @@ use cubesla_kernels::attention::{
 use cubesla_kernels::{AttentionOptions, AttentionProblem, BlockList, DType, DeviceTensor};
 
 use crate::Error;
-use crate::plan::{BackwardPlan, ForwardPlan, LowBitPlan};
+use crate::plan::{self, BackwardPlan, Choice, ForwardPlan, LowBitPlan};
 
 /// What [`block_sparse_attention`] returns.
 #[derive(Clone, Debug)]
@@ -34,6 +34,8 @@ pub struct AttentionOutput {
 /// that sees no key is 0 with a log-sum-exp of `-inf`. A NaN or infinity spoils the rows that see
 /// it; in `v` under a causal mask, also rows that share a tile of keys with those.
 ///
+/// The plan is the table's unless [`plan::set_choice`] says otherwise.
+///
 /// Source: SLA (arXiv 2509.24006), section 3; the reference is
 /// `cubesla_reference::attention::forward`.
 ///
@@ -49,13 +51,17 @@ pub fn block_sparse_attention(
     options: &AttentionOptions,
 ) -> Result<AttentionOutput, Error> {
     let problem = AttentionProblem::new(q, k, v, options)?;
-    let plan = ForwardPlan::new(&problem, client.properties())?;
+    let inputs = ForwardInputs { q, k, v, list };
+    let plan = match plan::choice() {
+        Choice::Table => ForwardPlan::new(&problem, client.properties())?,
+        Choice::Tuned => ForwardPlan::tuned(client, &problem, inputs)?,
+    };
     let out = DeviceTensor::empty(client, problem.out_shape(), problem.dtype());
     let lse = DeviceTensor::empty(client, problem.lse_shape(), DType::F32);
     plan.launch(
         client,
         &problem,
-        ForwardInputs { q, k, v, list },
+        inputs,
         ForwardOutputs {
             out: &out,
             lse: &lse,

@@ -3,18 +3,23 @@
 //! A plan is a pure function of the problem and the device's properties: the same question always
 //! has the same answer, which can be printed, and needs no device to be asked. Engines are tried
 //! from the fastest to the most portable; a plan keeps why the faster ones were passed over.
+//!
+//! What sizes cannot tell can be [measured](ForwardPlan::tuned) instead: see [`Choice`].
 
+mod answers;
 mod matmul;
+mod tune;
 
+pub use answers::CacheFault;
+pub use cubesla_kernels::attention::{ForwardInputs, ForwardOutputs};
 pub use matmul::{MatmulEngine, MatmulPlan};
+pub use tune::{Choice, cache_fault, choice, set_choice};
 
 use std::fmt;
 
 use cubecl::client::Client;
 use cubecl::ir::DeviceProperties;
-use cubesla_kernels::attention::{
-    self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LowBitFormats,
-};
+use cubesla_kernels::attention::{self, BackwardInputs, BackwardOutputs, LowBitFormats};
 use cubesla_kernels::linear::{FeatureMap, Gradients};
 use cubesla_kernels::sla::{
     self, Combination, LinearMode, Precision, SlaBackward, SlaGradients, SlaInputs, SlaOutput,
@@ -96,6 +101,34 @@ impl ForwardPlan {
         Ok(plans)
     }
 
+    /// The plans among which [`tuned`](Self::tuned) measures: that of [`new`](Self::new) first, then
+    /// other sizes of its engine, and for an engine of one size the next engine.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn candidates(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+    ) -> Result<Vec<Self>, ProblemError> {
+        let mut plans = Self::all(problem, device)?;
+        match plans[0].engine {
+            ForwardEngine::Tile(plan) => {
+                let choices = plan.choices(problem, device).into_iter();
+                let passed_over = &plans[0].passed_over;
+                let sized = |plan| Self {
+                    engine: ForwardEngine::Tile(plan),
+                    passed_over: passed_over.clone(),
+                };
+                Ok(choices.map(sized).collect())
+            }
+            #[cfg(feature = "cuda")]
+            ForwardEngine::Wgmma(_) => {
+                plans.truncate(2);
+                Ok(plans)
+            }
+        }
+    }
+
     /// Runs the plan. Nothing is launched if an argument is refused.
     ///
     /// # Errors
@@ -121,13 +154,19 @@ impl ForwardPlan {
     }
 }
 
+impl fmt::Display for ForwardEngine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Wgmma(plan) => write!(f, "{plan}"),
+            Self::Tile(plan) => write!(f, "{plan}"),
+        }
+    }
+}
+
 impl fmt::Display for ForwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.engine {
-            #[cfg(feature = "cuda")]
-            ForwardEngine::Wgmma(plan) => write!(f, "{plan}")?,
-            ForwardEngine::Tile(plan) => write!(f, "{plan}")?,
-        }
+        write!(f, "{}", self.engine)?;
         write_passed_over(f, &self.passed_over)
     }
 }

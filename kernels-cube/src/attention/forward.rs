@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use crate::block_list::{BlockListView, BlockWeightsView, KeyWalk};
+use crate::block_list::{BlockListView, BlockWeightsView, KeyWalk, Walk, WalkExpand};
 use crate::engine::*;
 use crate::mask::{TileWindow, add_to_all, scale_and_mask};
 use crate::rows::{RowRange, RowTarget, store_rows};
@@ -30,7 +30,7 @@ pub(crate) struct ForwardScalars {
 }
 
 /// One cube computes `tile.rows` rows of a query block. It walks the block's list, `tile.cols` keys
-/// at a time, and overlaps the load of each tile with the product before it.
+/// at a time, while the next tiles are on their way.
 ///
 /// Grid: x = tiles of query rows, y = query head, z = batch.
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -61,8 +61,7 @@ pub(crate) fn block_sparse_forward<E: TileEngine<F>, F: Float, N: Size, V: Size>
 
     if first_query < end_query {
         let mut q_tile = E::operand(tile.rows, config.head_dim, tile);
-        let mut k_tile = E::operand(tile.cols, config.head_dim, tile);
-        let mut v_tile = E::operand(tile.cols, config.value_dim, tile);
+        let mut tiles = Streams::<E, F>::new(config.head_dim, config.value_dim, tile);
         let mut left = E::left(tile);
         let mut scratch = E::scratch(tile);
         let mut scores = E::scores(tile);
@@ -82,23 +81,15 @@ pub(crate) fn block_sparse_forward<E: TileEngine<F>, F: Float, N: Size, V: Size>
             block_k: config.block_k,
             cols: tile.cols,
         };
-        let tiles = walk.tiles();
 
         let queries = RowRange::new::<F, N>(q, batch, head, first_query, end_query);
         E::begin_load::<N>(&mut q_tile, q, queries, tile);
-        if tiles > 0 {
-            let keys = walk.tile(list, 0);
-            let rows = RowRange::new::<F, N>(k, batch, kv_head, keys.first, keys.end);
-            E::begin_load::<N>(&mut k_tile, k, rows, tile);
-        }
-        E::await_load(&mut q_tile);
+        tiles.start::<KeyWalk, N>(&walk, list, k, v, batch, kv_head);
 
-        for t in 0..tiles {
+        for t in 0..walk.tiles() {
             let keys = walk.tile(list, t);
-            E::await_load(&mut k_tile);
-            let rows = RowRange::new::<F, N>(v, batch, kv_head, keys.first, keys.end);
-            E::begin_load::<N>(&mut v_tile, v, rows, tile);
-            E::mul_nt(&mut scores, &q_tile, &k_tile);
+            tiles.next::<KeyWalk, N>(t, &walk, list, k, v, batch, kv_head);
+            E::mul_nt(&mut scores, &q_tile, &tiles.first);
 
             let window = TileWindow {
                 first_query,
@@ -114,14 +105,8 @@ pub(crate) fn block_sparse_forward<E: TileEngine<F>, F: Float, N: Size, V: Size>
             }
             softmax.step::<F, E>(&mut scores, &mut acc, &mut scratch, tile);
             E::stage(&mut left, &scores);
-
-            E::await_load(&mut v_tile);
-            if t + 1 < tiles {
-                let next = walk.tile(list, t + 1);
-                let rows = RowRange::new::<F, N>(k, batch, kv_head, next.first, next.end);
-                E::begin_load::<N>(&mut k_tile, k, rows, tile);
-            }
-            E::mul_nn(&mut acc, &left, &v_tile);
+            E::sync_left();
+            E::mul_nn(&mut acc, &left, &tiles.second);
         }
 
         softmax.finish::<F, E>(&mut acc, &mut scratch, tile);

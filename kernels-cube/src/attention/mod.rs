@@ -33,7 +33,9 @@ use cubecl::prelude::*;
 use forward::{ForwardConfig, ForwardScalarsLaunch, block_sparse_forward};
 
 use crate::block_list::{expect_weights, weights_arg};
-use crate::engine::{Mma, Simt, Tile, TileEngine, TileNeeds, mma_tile, simt_tile};
+use crate::engine::{
+    Mma, Simt, Tile, TileEngine, TileNeeds, mma_tile, mma_tiles, simt_tile, simt_tiles,
+};
 use crate::limits::{expect_dtype, expect_loop_budget, grid};
 use crate::problem::expect_contiguous;
 use crate::{AttentionProblem, BlockList, Causal, DType, DeviceTensor, ProblemError};
@@ -95,6 +97,29 @@ impl ForwardPlan {
         mma_tile(&needs(problem), problem.dtype(), device).map(Self::Mma)
     }
 
+    /// The sane plans of this plan's engine for `problem`, itself first: of two, the faster depends on
+    /// how long lists are and on what else a multiprocessor holds.
+    pub fn choices(&self, problem: &AttentionProblem, device: &DeviceProperties) -> Vec<Self> {
+        let needs = needs(problem);
+        let others: Vec<Self> = match self {
+            Self::Simt(_) => simt_tiles(&needs, &device.hardware)
+                .take(3)
+                .map(Self::Simt)
+                .collect(),
+            Self::Mma(tile) => {
+                let tiles = mma_tiles(&needs, problem.dtype(), device).unwrap_or_default();
+                let near =
+                    |other: &Tile| other.rows >= tile.rows && other.cols >= tile.cols.min(32);
+                // One stage leaves room for more cubes.
+                let single = Tile { stages: 1, ..*tile };
+                let near = tiles.into_iter().filter(near).chain([single]);
+                near.map(Self::Mma).collect()
+            }
+        };
+        let others = others.into_iter().filter(|other| other != self);
+        [*self].into_iter().chain(others).collect()
+    }
+
     /// The tile program.
     pub fn tile(&self) -> Tile {
         match self {
@@ -109,8 +134,7 @@ impl fmt::Display for ForwardPlan {
             Self::Simt(_) => "simt",
             Self::Mma(_) => "mma",
         };
-        let Tile { rows, cols, units } = self.tile();
-        write!(f, "{name} {rows}x{cols}, {units} units")
+        write!(f, "{name} {}", self.tile())
     }
 }
 
@@ -122,6 +146,7 @@ fn needs(problem: &AttentionProblem) -> TileNeeds {
         lefts: 1,
         max_rows: problem.block_q(),
         max_cols: problem.block_k(),
+        max_stages: 3,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::BlockRow;
+use super::{BlockRow, Span, Walk, WalkExpand};
 
 /// The buffers of an [`InverseBlockList`](super::InverseBlockList).
 #[derive(CubeType, CubeLaunch)]
@@ -50,16 +50,6 @@ impl InverseListView {
     }
 }
 
-/// Queries `first..end`; `end` may lie before `first`, for a tile wholly past the last query.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub struct QueryTile {
-    /// First query.
-    pub first: u32,
-    /// The query after the last; at least 1.
-    pub end: u32,
-}
-
 /// A walk over the queries of a row's blocks, a tile of `cols` queries at a time.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
@@ -77,18 +67,18 @@ pub struct QueryWalk {
 }
 
 #[cube]
-impl QueryWalk {
-    /// Number of tiles.
-    pub fn tiles(&self) -> u32 {
+impl Walk for QueryWalk {
+    type List = InverseListView;
+
+    fn tiles(&self) -> u32 {
         self.row.count * comptime!(self.block_q.div_ceil(self.cols) as u32)
     }
 
-    /// The queries of tile `t`.
-    pub fn tile(&self, inverse: &InverseListView, t: u32) -> QueryTile {
+    fn tile(&self, inverse: &InverseListView, t: u32) -> Span {
         let tiles_per_block = comptime!(self.block_q.div_ceil(self.cols) as u32);
         let block_q = comptime!(self.block_q as u32);
         let block = inverse.query_block(self.row, t / tiles_per_block);
-        QueryTile {
+        Span {
             first: block * block_q + t % tiles_per_block * comptime!(self.cols as u32),
             end: min((block + 1) * block_q, self.query_len),
         }

@@ -6,12 +6,15 @@ mod inverse_view;
 mod remaining;
 #[allow(missing_docs, reason = "`CubeLaunch` derives a struct of its own")]
 mod view;
+#[allow(missing_docs, reason = "`#[cube]` adds methods of its own to traits")]
+mod walk;
 #[allow(missing_docs, reason = "`CubeLaunch` derives a struct of its own")]
 mod weights;
 
 pub use inverse::InverseBlockList;
-pub use inverse_view::{InverseListView, InverseListViewLaunch, QueryTile, QueryWalk};
-pub use view::{BlockListView, BlockListViewLaunch, BlockRow, KeyTile, KeyWalk};
+pub use inverse_view::{InverseListView, InverseListViewLaunch, QueryWalk};
+pub use view::{BlockListView, BlockListViewLaunch, BlockRow, KeyWalk};
+pub use walk::{Span, Walk, WalkExpand};
 pub use weights::{BlockWeightsView, BlockWeightsViewLaunch};
 pub(crate) use weights::{expect_scores, expect_weights, weights_arg};
 

@@ -2,6 +2,8 @@
 
 use cubecl::prelude::*;
 
+use super::{Span, Walk, WalkExpand};
+
 /// The buffers of a [`BlockList`](super::BlockList).
 #[derive(CubeType, CubeLaunch)]
 pub struct BlockListView {
@@ -70,16 +72,6 @@ impl BlockListView {
     }
 }
 
-/// Keys `first..end`; `end` may lie before `first`, for a tile wholly past the last key.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub struct KeyTile {
-    /// First key.
-    pub first: u32,
-    /// The key after the last.
-    pub end: u32,
-}
-
 /// A walk over the keys of a row's blocks, a tile of `cols` keys at a time.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
@@ -97,18 +89,18 @@ pub struct KeyWalk {
 }
 
 #[cube]
-impl KeyWalk {
-    /// Number of tiles.
-    pub fn tiles(&self) -> u32 {
+impl Walk for KeyWalk {
+    type List = BlockListView;
+
+    fn tiles(&self) -> u32 {
         self.row.count * comptime!(self.block_k.div_ceil(self.cols) as u32)
     }
 
-    /// The keys of tile `t`.
-    pub fn tile(&self, list: &BlockListView, t: u32) -> KeyTile {
+    fn tile(&self, list: &BlockListView, t: u32) -> Span {
         let tiles_per_block = comptime!(self.block_k.div_ceil(self.cols) as u32);
         let block_k = comptime!(self.block_k as u32);
         let block = list.key_block(self.row, t / tiles_per_block);
-        KeyTile {
+        Span {
             first: block * block_k + t % tiles_per_block * comptime!(self.cols as u32),
             end: min((block + 1) * block_k, self.key_len),
         }

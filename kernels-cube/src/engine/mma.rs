@@ -4,14 +4,15 @@
 //! within four lanes. A lane holds rows `l/4` and `l/4 + 8` of its warp's 16 and, of each 8 columns,
 //! `2(l%4)` and the next. Weights never leave registers: a pair of score fragments is the left side
 //! of the next product as it lies. Shared tiles keep the element type, 8 elements of padding a row,
-//! and are filled with asynchronous copies.
+//! and are filled with asynchronous copies, a group to a load.
 
 use cubecl::cmma::{MatrixIdent, MmaDefinition};
 use cubecl::features::MmaConfig;
 use cubecl::ir::{DeviceProperties, ElemType, FloatKind};
-use cubecl::prelude::barrier::{Barrier, copy_async};
+use cubecl::prelude::barrier::copy_async_checked;
 use cubecl::prelude::*;
 
+use super::copies;
 use super::vectors::{add_column_sums, apply_feature_map, apply_normalised};
 use super::*;
 use crate::DType;
@@ -25,11 +26,12 @@ type Wide<F> = Vector<F, Const<8>>;
 /// The engine of `mma.sync` and its like.
 pub struct Mma;
 
-/// A shared tile, `[rows, pitch]` vectors of eight.
+/// Shared tiles of `[rows, pitch]` vectors of eight, one of which is turned to.
 #[derive(CubeType)]
 pub struct MmaOperand<F: Float> {
     data: Shared<[Wide<F>]>,
-    barrier: Shared<Barrier>,
+    /// First vector of the tile.
+    first: usize,
     #[cube(comptime)]
     rows: usize,
     #[cube(comptime)]
@@ -111,6 +113,55 @@ impl Fragment for MmaFragment {
 }
 
 #[cube]
+impl<F: Float> MmaOperand<F> {
+    fn new(#[comptime] rows: usize, #[comptime] width: usize, #[comptime] stages: usize) -> Self {
+        MmaOperand::<F> {
+            data: Shared::new_aligned_slice(
+                comptime!((stages * rows * pitch(width)).max(1)),
+                16usize,
+            ),
+            first: 0usize.runtime(),
+            rows,
+            width,
+        }
+    }
+
+    /// Where a vector of the tile lies.
+    fn at(&self, row: usize, vector: usize) -> usize {
+        self.first + row * comptime!(pitch(self.width)) + vector
+    }
+
+    /// Begins to fill one vector of the tile.
+    fn load<N: Size>(
+        &mut self,
+        row: usize,
+        vector: usize,
+        src: &Tensor<Vector<F, N>>,
+        rows: RowRange,
+    ) {
+        let exists = (row as u32) < rows.len && vector < comptime!(self.width / WIDE);
+        let to = self.at(row, vector);
+        let start = rows.base + row * rows.row_stride;
+        if src.vector_size() == 8 {
+            // Nothing is read of a vector that does not exist: it becomes zeros.
+            let from = (start + vector * WIDE) / WIDE;
+            let source = &src.as_slice()[from..from + select(exists, 1usize, 0usize)];
+            copy_async_checked(source.downcast(), &mut self.data[to..to + 1], 8u32);
+        } else {
+            let mut value = Wide::<F>::new(F::new(0.0));
+            if exists {
+                #[unroll]
+                for e in 0..WIDE {
+                    let x = src[start + (vector * WIDE + e) * rows.col_stride];
+                    value.insert(e, x.extract(0usize));
+                }
+            }
+            self.data[to] = value;
+        }
+    }
+}
+
+#[cube]
 impl<F: Float> VectorRows for MmaOperand<F> {
     fn rows(&self) -> comptime_type!(usize) {
         self.rows
@@ -125,7 +176,7 @@ impl<F: Float> VectorRows for MmaOperand<F> {
     }
 
     fn read(&self, row: usize, vector: usize) -> Array<f32> {
-        let x = self.data[row * comptime!(pitch(self.width)) + vector];
+        let x = self.data[self.at(row, vector)];
         let mut values = Array::<f32>::new(WIDE);
         #[unroll]
         for e in 0..WIDE {
@@ -140,7 +191,8 @@ impl<F: Float> VectorRows for MmaOperand<F> {
         for e in 0..WIDE {
             x.insert(e, F::cast_from(values[e]));
         }
-        self.data[row * comptime!(pitch(self.width)) + vector] = x;
+        let at = self.at(row, vector);
+        self.data[at] = x;
     }
 }
 
@@ -154,14 +206,17 @@ impl<F: Float> TileEngine<F> for Mma {
     fn operand(
         #[comptime] rows: usize,
         #[comptime] width: usize,
-        #[comptime] tile: Tile,
+        #[comptime] _tile: Tile,
     ) -> MmaOperand<F> {
-        MmaOperand::<F> {
-            data: Shared::new_aligned_slice(comptime!((rows * pitch(width)).max(1)), 16usize),
-            barrier: Barrier::shared(comptime!(tile.units as u32), UNIT_POS == 0),
-            rows,
-            width,
-        }
+        MmaOperand::<F>::new(rows, width, 1usize)
+    }
+
+    fn ring(#[comptime] width: usize, #[comptime] tile: Tile) -> MmaOperand<F> {
+        MmaOperand::<F>::new(tile.cols, width, tile.stages)
+    }
+
+    fn turn(ring: &mut MmaOperand<F>, stage: u32) {
+        ring.first = stage as usize * comptime!(ring.rows * pitch(ring.width));
     }
 
     fn left(#[comptime] tile: Tile) -> Sequence<Array<Pair<F>>> {
@@ -190,40 +245,30 @@ impl<F: Float> TileEngine<F> for Mma {
         #[comptime] tile: Tile,
     ) {
         let vectors = comptime!(padded(dst.width) / WIDE);
-        let pitch = comptime!(pitch(dst.width));
-        let filled = comptime!(dst.width / WIDE);
         let total = comptime!(dst.rows * vectors);
-        for step in 0..comptime!(total.div_ceil(tile.units)) {
-            let at = step * comptime!(tile.units) + UNIT_POS as usize;
-            let row = at / vectors;
-            let vector = at % vectors;
-            if at < total {
-                let to = row * pitch + vector;
-                if (row as u32) < rows.len && vector < filled {
-                    let start = rows.base + row * rows.row_stride;
-                    if src.vector_size() == 8 {
-                        let from = (start + vector * WIDE) / WIDE;
-                        let source = &src.as_slice()[from..from + 1];
-                        copy_async(source.downcast(), &mut dst.data[to..to + 1], 8u32);
-                    } else {
-                        let mut value = Wide::<F>::empty();
-                        #[unroll]
-                        for e in 0..WIDE {
-                            let x = src[start + (vector * WIDE + e) * rows.col_stride];
-                            value.insert(e, x.extract(0usize));
-                        }
-                        dst.data[to] = value;
-                    }
-                } else {
-                    dst.data[to] = Vector::new(F::new(0.0));
-                }
+        // Steps of whole rows keep a unit to its column, but their addresses take registers, of which
+        // programs without stages have none to spare.
+        let whole =
+            comptime!(tile.units.is_multiple_of(vectors) && total.is_multiple_of(tile.units));
+        let mut at = UNIT_POS as usize;
+        if comptime!(whole && tile.stages > 1) {
+            #[unroll]
+            for step in 0..comptime!(total / tile.units) {
+                let row = at / vectors + comptime!(step * tile.units / vectors);
+                dst.load::<N>(row, at % vectors, src, rows);
+            }
+        } else {
+            while at < total {
+                dst.load::<N>(at / vectors, at % vectors, src, rows);
+                at += tile.units;
             }
         }
-        dst.barrier.commit_copy_async();
+        copies::commit();
     }
 
-    fn await_load(dst: &mut MmaOperand<F>) {
-        dst.barrier.arrive_and_wait();
+    fn await_loads(#[comptime] newer: usize) {
+        copies::wait(newer);
+        sync_cube();
     }
 
     fn mul_nt(dst: &mut MmaFragment, a: &MmaOperand<F>, b: &MmaOperand<F>) {
@@ -240,7 +285,7 @@ impl<F: Float> TileEngine<F> for Mma {
         let b_row = lane % 8 + lane / 16 * 8;
         #[unroll]
         for step in 0..comptime!(padded(a.width) / 16) {
-            let from = a_row * comptime!(pitch(a.width)) + comptime!(2 * step) + lane / 16;
+            let from = a.at(a_row, comptime!(2 * step) + lane / 16);
             let left = mma.load_matrix::<Wide<F>, Const<2>>(
                 &a.data[from..from + 1],
                 MatrixIdent::A,
@@ -249,9 +294,10 @@ impl<F: Float> TileEngine<F> for Mma {
             );
             #[unroll]
             for t in 0..comptime!(dst.count / 2) {
-                let from = (b_row + comptime!(16 * t)) * comptime!(pitch(b.width))
-                    + comptime!(2 * step)
-                    + lane / 8 % 2;
+                let from = b.at(
+                    b_row + comptime!(16 * t),
+                    comptime!(2 * step) + lane / 8 % 2,
+                );
                 let right = mma.load_matrix::<Wide<F>, Const<2>>(
                     &b.data[from..from + 1],
                     MatrixIdent::B,
@@ -278,6 +324,9 @@ impl<F: Float> TileEngine<F> for Mma {
         }
     }
 
+    // A unit's left side is in its own registers.
+    fn sync_left() {}
+
     fn mul_nn(acc: &mut MmaFragment, p: &Sequence<Array<Pair<F>>>, b: &MmaOperand<F>) {
         let mma = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
         let lane = UNIT_POS_PLANE as usize;
@@ -287,9 +336,7 @@ impl<F: Float> TileEngine<F> for Mma {
         for step in 0..comptime!(b.rows / 16) {
             #[unroll]
             for t in 0..comptime!(acc.count.div_ceil(2)) {
-                let from = (row + comptime!(16 * step)) * comptime!(pitch(b.width))
-                    + comptime!(2 * t)
-                    + lane / 16;
+                let from = b.at(row + comptime!(16 * step), comptime!(2 * t) + lane / 16);
                 let right = mma.load_matrix::<Wide<F>, Const<2>>(
                     &b.data[from..from + 1],
                     MatrixIdent::B,
@@ -310,7 +357,7 @@ impl<F: Float> TileEngine<F> for Mma {
         let b_row = lane % 16;
         #[unroll]
         for step in 0..comptime!(a.rows / 16) {
-            let from = (a_row + comptime!(16 * step)) * comptime!(pitch(a.width)) + a_vector;
+            let from = a.at(a_row + comptime!(16 * step), a_vector);
             let left = mma.load_matrix::<Wide<F>, Const<2>>(
                 &a.data[from..from + 1],
                 MatrixIdent::A,
@@ -319,9 +366,7 @@ impl<F: Float> TileEngine<F> for Mma {
             );
             #[unroll]
             for t in 0..comptime!(acc.count.div_ceil(2)) {
-                let from = (b_row + comptime!(16 * step)) * comptime!(pitch(b.width))
-                    + comptime!(2 * t)
-                    + lane / 16;
+                let from = b.at(b_row + comptime!(16 * step), comptime!(2 * t) + lane / 16);
                 let right = mma.load_matrix::<Wide<F>, Const<2>>(
                     &b.data[from..from + 1],
                     MatrixIdent::B,
@@ -341,7 +386,7 @@ impl<F: Float> TileEngine<F> for Mma {
         #[unroll]
         for step in 0..comptime!(b.rows / 16) {
             let vector = first as usize / WIDE + comptime!(2 * step) + lane / 16;
-            let from = a_row * comptime!(pitch(a.width)) + vector;
+            let from = a.at(a_row, vector);
             let left = mma.load_matrix::<Wide<F>, Const<2>>(
                 &a.data[from..from + 1],
                 MatrixIdent::A,
@@ -350,9 +395,7 @@ impl<F: Float> TileEngine<F> for Mma {
             );
             #[unroll]
             for t in 0..comptime!(acc.count.div_ceil(2)) {
-                let from = (b_row + comptime!(16 * step)) * comptime!(pitch(b.width))
-                    + comptime!(2 * t)
-                    + lane / 16;
+                let from = b.at(b_row + comptime!(16 * step), comptime!(2 * t) + lane / 16);
                 let right = mma.load_matrix::<Wide<F>, Const<2>>(
                     &b.data[from..from + 1],
                     MatrixIdent::B,
@@ -425,12 +468,13 @@ impl<F: Float> TileEngine<F> for Mma {
                     wide.insert(comptime!(2 * l + 1), F::cast_from(high));
                 }
                 if UNIT_POS_PLANE % 4 == 0 {
-                    dst.data[p.row(r) as usize * comptime!(pitch(dst.width)) + t] = wide;
+                    let at = dst.at(p.row(r) as usize, t);
+                    dst.data[at] = wide;
                 }
             }
             // Products contract over whole 16s.
             if comptime!(p.count % 2 == 1) {
-                let at = p.row(r) as usize * comptime!(pitch(dst.width)) + comptime!(p.count);
+                let at = dst.at(p.row(r) as usize, comptime!(p.count));
                 dst.data[at] = Vector::new(F::new(0.0));
             }
         }
@@ -446,7 +490,7 @@ impl<F: Float> TileEngine<F> for Mma {
             if at < vectors {
                 #[unroll]
                 for r in 0..2usize {
-                    let x = a.data[(first + comptime!(8 * r)) * comptime!(pitch(a.width)) + at];
+                    let x = a.data[a.at(first + comptime!(8 * r), at)];
                     #[unroll]
                     for e in 0..WIDE {
                         let y = vector[WIDE * at + e];
@@ -537,46 +581,73 @@ pub(crate) fn mma_supported(dtype: DType, device: &DeviceProperties) -> Result<(
 }
 
 /// The tile program of this engine, or why it cannot run.
+///
+/// # Errors
+/// The reason, in a few words.
 pub fn mma_tile(
     needs: &TileNeeds,
     dtype: DType,
     device: &DeviceProperties,
 ) -> Result<Tile, &'static str> {
+    let tiles = mma_tiles(needs, dtype, device)?;
+    // Of 128 rows, half as many cubes fit a multiprocessor, each of which waits as one.
+    tiles
+        .into_iter()
+        .find(|tile| tile.rows <= 64)
+        .ok_or("no tile fits the shared memory")
+}
+
+/// All tile programs of this engine that the device can run, larger tiles first; of each size the one
+/// with the most stages that are worth their memory.
+///
+/// # Errors
+/// Why it can run none, in a few words.
+pub fn mma_tiles(
+    needs: &TileNeeds,
+    dtype: DType,
+    device: &DeviceProperties,
+) -> Result<Vec<Tile>, &'static str> {
     mma_supported(dtype, device)?;
     let columns: usize = needs.accumulators.iter().sum();
     if columns > 256 {
         return Err("the accumulators do not fit the registers");
     }
-    [
-        (64, 64),
-        (64, 32),
-        (64, 16),
-        (32, 64),
-        (32, 32),
-        (32, 16),
-        (16, 64),
-        (16, 32),
-        (16, 16),
-    ]
-    .into_iter()
-    .map(|(rows, cols)| Tile {
+    let most_cols = if columns > 128 { 32 } else { 64 };
+    let sizes = [128, 64, 32, 16].map(|rows| [64, 32, 16].map(|cols| (rows, cols)));
+    let tiles = sizes
+        .into_iter()
+        .flatten()
+        .filter(|(rows, cols)| {
+            *rows <= needs.max_rows && *cols <= most_cols && needs.max_cols.is_multiple_of(*cols)
+        })
+        .filter_map(|size| staged(needs, size, device.hardware.max_shared_memory_size))
+        .collect();
+    Ok(tiles)
+}
+
+/// A tile program of so many rows and columns in `memory` bytes, or none if it does not fit.
+///
+/// Two stages hide a copy behind a tile's products. A third hides what is left of it, if 16 planes
+/// still fit a multiprocessor, whose memory is about what one cube may have.
+fn staged(needs: &TileNeeds, (rows, cols): (usize, usize), memory: usize) -> Option<Tile> {
+    let tile = |stages| Tile {
         rows,
         cols,
         units: rows * 2,
-    })
-    .filter(|tile| tile.rows <= needs.max_rows && needs.max_cols.is_multiple_of(tile.cols))
-    .filter(|tile| tile.cols <= if columns > 128 { 32 } else { 64 })
-    .find(|tile| shared_memory(needs, *tile) <= device.hardware.max_shared_memory_size)
-    .ok_or("no tile fits the shared memory")
+        stages,
+    };
+    let planes = |tile: &Tile| memory / shared_memory(needs, *tile).max(1) * (tile.units / 32);
+    let third = Some(tile(3)).filter(|tile| planes(tile) >= 16);
+    third
+        .into_iter()
+        .chain([tile(2), tile(1)])
+        .find(|tile| tile.stages <= needs.max_stages && planes(tile) > 0)
 }
 
 /// Bytes of shared memory of a tile program.
 fn shared_memory(needs: &TileNeeds, tile: Tile) -> usize {
     let operands = |rows: usize, widths: &[usize]| -> usize {
-        widths
-            .iter()
-            .map(|&width| rows * pitch(width) * 16 + 16)
-            .sum()
+        widths.iter().map(|&width| rows * pitch(width) * 16).sum()
     };
-    operands(tile.rows, &needs.owned) + operands(tile.cols, &needs.streamed)
+    operands(tile.rows, &needs.owned) + tile.stages * operands(tile.cols, &needs.streamed)
 }

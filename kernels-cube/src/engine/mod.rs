@@ -16,15 +16,20 @@
 //! the two products are made. Algorithms reach elements of a fragment through [`Fragment`] only, so
 //! they never know which unit holds what.
 
+mod copies;
 mod mma;
 mod simt;
+mod stream;
 mod vectors;
 
 pub(crate) use mma::mma_supported;
-pub use mma::{Mma, mma_tile};
+pub use mma::{Mma, mma_tile, mma_tiles};
 pub(crate) use simt::simt_shared_memory;
-pub use simt::{Simt, simt_tile};
+pub use simt::{Simt, simt_tile, simt_tiles};
+pub use stream::Streams;
 pub(crate) use vectors::{VectorRows, VectorRowsExpand};
+
+use std::fmt;
 
 use cubecl::ir::DeviceProperties;
 use cubecl::prelude::*;
@@ -49,6 +54,24 @@ pub struct Tile {
     pub cols: usize,
     /// Units of a cube.
     pub units: usize,
+    /// Streamed tiles in shared memory at once: the one that is multiplied, and those on their way.
+    pub stages: usize,
+}
+
+impl fmt::Display for Tile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            rows,
+            cols,
+            units,
+            stages,
+        } = self;
+        write!(f, "{rows}x{cols}, {units} units")?;
+        match stages {
+            1 => Ok(()),
+            _ => write!(f, ", {stages} stages"),
+        }
+    }
 }
 
 /// What a tile program keeps in shared memory and in registers, for the choice of its sizes.
@@ -66,6 +89,8 @@ pub struct TileNeeds {
     pub max_rows: usize,
     /// Most rows that a streamed tile may have: the block size of the streamed side.
     pub max_cols: usize,
+    /// Most stages that the program makes use of: 1 unless it reads through [`Streams`].
+    pub max_stages: usize,
 }
 
 /// The fastest engine that can run tiles of these needs, with its sizes.
@@ -128,6 +153,11 @@ pub trait TileEngine<F: Float>: 'static + Send + Sync {
         #[comptime] width: usize,
         #[comptime] tile: Tile,
     ) -> Self::Operand;
+    /// As [`operand`](Self::operand), `tile.stages` tiles of `tile.cols x width`, of which the
+    /// engine's methods see one: the first until it is [turned](Self::turn).
+    fn ring(#[comptime] width: usize, #[comptime] tile: Tile) -> Self::Operand;
+    /// Turns to another tile of a ring.
+    fn turn(ring: &mut Self::Operand, stage: u32);
     /// Space for a left side of `tile.rows x tile.cols`.
     fn left(#[comptime] tile: Tile) -> Self::Left;
     /// Space for [`row_max`](Self::row_max) and [`row_sum`](Self::row_sum).
@@ -137,17 +167,18 @@ pub trait TileEngine<F: Float>: 'static + Send + Sync {
     /// An accumulator of `tile.rows x width`, zero.
     fn accumulator(#[comptime] width: usize, #[comptime] tile: Tile) -> Self::Fragment;
 
-    /// Begins to fill `dst` from `src`. The tile may be read after [`await_load`](Self::await_load);
-    /// it may be filled again after any later `await_load` of another tile.
+    /// Begins to fill `dst` from `src`. The tile may be read after an
+    /// [`await_loads`](Self::await_loads) that leaves it no longer among the newer ones; it may be
+    /// filled again once every unit has passed a later `await_loads` or `sync_cube`.
     fn begin_load<N: Size>(
         dst: &mut Self::Operand,
         src: &Tensor<Vector<F, N>>,
         rows: RowRange,
         #[comptime] tile: Tile,
     );
-    /// Waits until the newest load of `dst` is complete. Every unit of the cube must call it, and
-    /// what any unit [staged](Self::stage) before it is visible after it.
-    fn await_load(dst: &mut Self::Operand);
+    /// Waits until all loads but the `newer` newest are complete. Every unit of the cube must call
+    /// it, and what any unit [staged](Self::stage) before it is visible after it.
+    fn await_loads(#[comptime] newer: usize);
 
     /// `dst = a bᵀ`, the sum running over the width of both.
     fn mul_nt(dst: &mut Self::Fragment, a: &Self::Operand, b: &Self::Operand);
@@ -156,8 +187,11 @@ pub trait TileEngine<F: Float>: 'static + Send + Sync {
     /// `acc += a' b`, the sum running over the rows of `b`, with `a'` that many columns of `a` from
     /// `first` on, a multiple of 16 if `b` has 16 rows or more, else of 8.
     fn mul_on(acc: &mut Self::Fragment, a: &Self::Operand, first: u32, b: &Self::Operand);
-    /// Makes `p` ready as a left side; usable after the next [`await_load`](Self::await_load).
+    /// Makes `p` ready as a left side; usable after the next [`sync_left`](Self::sync_left) or
+    /// [`await_loads`](Self::await_loads).
     fn stage(dst: &mut Self::Left, p: &Self::Fragment);
+    /// Shows staged left sides to the units that read them. Every unit of the cube must call it.
+    fn sync_left();
     /// `acc += p b`, the sum running over the rows of `b`.
     fn mul_nn(acc: &mut Self::Fragment, p: &Self::Left, b: &Self::Operand);
 
@@ -182,7 +216,7 @@ pub trait TileEngine<F: Float>: 'static + Send + Sync {
     /// `4 step + 3` of `p` do: element `4 r + i` is of its row `r`.
     fn elements(a: &Self::Operand, p: &Self::Fragment, #[comptime] step: usize) -> Array<f32>;
     /// Writes `p`, rounded, over the first columns of `dst`; visible after the next
-    /// [`await_load`](Self::await_load) or `sync_cube`.
+    /// [`await_loads`](Self::await_loads) or `sync_cube`.
     fn put(dst: &mut Self::Operand, p: &Self::Fragment);
     /// Adds the unit's part of `a . vector` to each of its rows, for [`row_sum`](Self::row_sum).
     fn row_dot(rows: &mut Array<f32>, a: &Self::Operand, vector: &[f32], #[comptime] tile: Tile);

@@ -19,10 +19,12 @@ const LANES: usize = 8;
 /// The engine that needs nothing but shared memory.
 pub struct Simt;
 
-/// A shared tile, `[rows, pitch]` vectors of four.
+/// Shared tiles of `[rows, pitch]` vectors of four, one of which is turned to.
 #[derive(CubeType)]
 pub struct SimtOperand {
     data: Shared<[Vec4]>,
+    /// First vector of the tile.
+    first: usize,
     #[cube(comptime)]
     rows: usize,
     /// Vectors of a row that hold data.
@@ -119,6 +121,26 @@ impl Fragment for SimtFragment {
 }
 
 #[cube]
+impl SimtOperand {
+    fn new(#[comptime] rows: usize, #[comptime] width: usize, #[comptime] stages: usize) -> Self {
+        let pitch = comptime!(pitch(width));
+        SimtOperand {
+            // An operand of no rows is never touched, but WGSL has no empty arrays.
+            data: Shared::new_slice(comptime!((stages * rows * pitch).max(1))),
+            first: 0usize.runtime(),
+            rows,
+            vectors: comptime!(width / 4),
+            pitch,
+        }
+    }
+
+    /// Where a vector of the tile lies.
+    fn at(&self, row: usize, vector: usize) -> usize {
+        self.first + row * comptime!(self.pitch) + vector
+    }
+}
+
+#[cube]
 impl VectorRows for SimtOperand {
     fn rows(&self) -> comptime_type!(usize) {
         self.rows
@@ -133,7 +155,7 @@ impl VectorRows for SimtOperand {
     }
 
     fn read(&self, row: usize, vector: usize) -> Array<f32> {
-        let x = self.data[row * comptime!(self.pitch) + vector];
+        let x = self.data[self.at(row, vector)];
         let mut values = Array::<f32>::new(4usize);
         #[unroll]
         for e in 0..4usize {
@@ -148,7 +170,8 @@ impl VectorRows for SimtOperand {
         for e in 0..4usize {
             x.insert(e, values[e]);
         }
-        self.data[row * comptime!(self.pitch) + vector] = x;
+        let at = self.at(row, vector);
+        self.data[at] = x;
     }
 }
 
@@ -162,17 +185,17 @@ impl<F: Float> TileEngine<F> for Simt {
     fn operand(
         #[comptime] rows: usize,
         #[comptime] width: usize,
-        #[comptime] tile: Tile,
+        #[comptime] _tile: Tile,
     ) -> SimtOperand {
-        let _ = tile;
-        let pitch = comptime!(pitch(width));
-        SimtOperand {
-            // An operand of no rows is never touched, but WGSL has no empty arrays.
-            data: Shared::new_slice(comptime!((rows * pitch).max(1))),
-            rows,
-            vectors: comptime!(width / 4),
-            pitch,
-        }
+        SimtOperand::new(rows, width, 1usize)
+    }
+
+    fn ring(#[comptime] width: usize, #[comptime] tile: Tile) -> SimtOperand {
+        SimtOperand::new(tile.cols, width, tile.stages)
+    }
+
+    fn turn(ring: &mut SimtOperand, stage: u32) {
+        ring.first = stage as usize * comptime!(ring.rows * ring.pitch);
     }
 
     fn left(#[comptime] tile: Tile) -> SimtLeft {
@@ -216,12 +239,14 @@ impl<F: Float> TileEngine<F> for Simt {
                     let start = rows.base + row * rows.row_stride;
                     value = read_four::<F, N>(src, start, vector * 4, rows.col_stride);
                 }
-                dst.data[row * comptime!(dst.pitch) + vector] = value;
+                let to = dst.at(row, vector);
+                dst.data[to] = value;
             }
         }
     }
 
-    fn await_load(_dst: &mut SimtOperand) {
+    // Loads are complete when they have begun.
+    fn await_loads(#[comptime] _newer: usize) {
         sync_cube();
     }
 
@@ -234,11 +259,11 @@ impl<F: Float> TileEngine<F> for Simt {
             let mut right = Array::<Vec4>::new(comptime!(dst.cols));
             #[unroll]
             for c in 0..comptime!(dst.cols) {
-                right[c] = b.data[dst.col(c) as usize * comptime!(b.pitch) + vector];
+                right[c] = b.data[b.at(dst.col(c) as usize, vector)];
             }
             #[unroll]
             for r in 0..comptime!(dst.rows) {
-                let left = a.data[dst.row(r) as usize * comptime!(a.pitch) + vector];
+                let left = a.data[a.at(dst.row(r) as usize, vector)];
                 #[unroll]
                 for c in 0..comptime!(dst.cols) {
                     let mut sum = dst.get(r, c);
@@ -263,6 +288,10 @@ impl<F: Float> TileEngine<F> for Simt {
         }
     }
 
+    fn sync_left() {
+        sync_cube();
+    }
+
     fn mul_nn(acc: &mut SimtFragment, p: &SimtLeft, b: &SimtOperand) {
         let groups = comptime!(acc.cols / 4);
         for k in 0..comptime!(b.rows) {
@@ -275,8 +304,7 @@ impl<F: Float> TileEngine<F> for Simt {
             for g in 0..groups {
                 // The last group of a width that is no multiple of 32 reads past the row's data:
                 // it stays inside the tile's padded row and its columns are never stored.
-                let right =
-                    b.data[k * comptime!(b.pitch) + comptime!(g * LANES) + acc.lane as usize];
+                let right = b.data[b.at(k, comptime!(g * LANES) + acc.lane as usize)];
                 #[unroll]
                 for r in 0..comptime!(acc.rows) {
                     #[unroll]
@@ -296,14 +324,13 @@ impl<F: Float> TileEngine<F> for Simt {
             let mut right = Array::<Vec4>::new(groups);
             #[unroll]
             for g in 0..groups {
-                right[g] =
-                    b.data[k * comptime!(b.pitch) + comptime!(g * LANES) + acc.lane as usize];
+                right[g] = b.data[b.at(k, comptime!(g * LANES) + acc.lane as usize)];
             }
             // A unit's rows are consecutive and begin at a multiple of four.
             #[unroll]
             for quad in 0..comptime!(acc.rows / 4) {
                 let at = acc.first_row as usize / 4 + quad;
-                let left = a.data[k * comptime!(a.pitch) + at];
+                let left = a.data[a.at(k, at)];
                 #[unroll]
                 for i in 0..4usize {
                     #[unroll]
@@ -323,15 +350,14 @@ impl<F: Float> TileEngine<F> for Simt {
             let mut left = Array::<Vec4>::new(comptime!(acc.rows));
             #[unroll]
             for r in 0..comptime!(acc.rows) {
-                let at = acc.row(r) as usize * comptime!(a.pitch);
-                left[r] = a.data[at + first as usize / 4 + quad];
+                left[r] = a.data[a.at(acc.row(r) as usize, first as usize / 4 + quad)];
             }
             #[unroll]
             for i in 0..4usize {
                 #[unroll]
                 for g in 0..groups {
-                    let row = (4 * quad + i) * comptime!(b.pitch);
-                    let right = b.data[row + comptime!(g * LANES) + acc.lane as usize];
+                    let at = b.at(4 * quad + i, comptime!(g * LANES) + acc.lane as usize);
+                    let right = b.data[at];
                     #[unroll]
                     for r in 0..comptime!(acc.rows) {
                         #[unroll]
@@ -389,8 +415,8 @@ impl<F: Float> TileEngine<F> for Simt {
                 for e in 0..4usize {
                     x.insert(e, p.get(r, comptime!(4 * g + e)));
                 }
-                let at = p.col(comptime!(4 * g)) as usize / 4;
-                dst.data[p.row(r) as usize * comptime!(dst.pitch) + at] = x;
+                let at = dst.at(p.row(r) as usize, p.col(comptime!(4 * g)) as usize / 4);
+                dst.data[at] = x;
             }
         }
     }
@@ -404,7 +430,7 @@ impl<F: Float> TileEngine<F> for Simt {
             if at < comptime!(a.vectors) {
                 #[unroll]
                 for r in 0..comptime!(rows_per_unit(tile)) {
-                    let x = a.data[(first + r) * comptime!(a.pitch) + at];
+                    let x = a.data[a.at(first + r, at)];
                     #[unroll]
                     for e in 0..4usize {
                         rows[r] = fma(x.extract(e), vector[4 * at + e], rows[r]);
@@ -507,6 +533,11 @@ const WIDE_ACCUMULATOR: usize = 4;
 
 /// The largest tile program that fits the device.
 pub fn simt_tile(needs: &TileNeeds, hardware: &HardwareProperties) -> Option<Tile> {
+    simt_tiles(needs, hardware).next()
+}
+
+/// All tile programs of this engine that fit the device, larger tiles first.
+pub fn simt_tiles(needs: &TileNeeds, hardware: &HardwareProperties) -> impl Iterator<Item = Tile> {
     let columns: usize = needs
         .accumulators
         .iter()
@@ -514,7 +545,7 @@ pub fn simt_tile(needs: &TileNeeds, hardware: &HardwareProperties) -> Option<Til
         .sum();
     CANDIDATES
         .into_iter()
-        .map(|(rows, cols)| {
+        .map(move |(rows, cols)| {
             let rows_per_unit = if columns <= WIDE_ACCUMULATOR {
                 4usize
             } else {
@@ -526,11 +557,12 @@ pub fn simt_tile(needs: &TileNeeds, hardware: &HardwareProperties) -> Option<Til
                 rows,
                 cols,
                 units: rows * LANES / rows_per_unit,
+                stages: 1,
             }
         })
-        .filter(|tile| tile.rows <= needs.max_rows && tile.cols <= needs.max_cols)
-        .filter(|tile| tile.units <= hardware.max_units_per_cube as usize)
-        .find(|tile| simt_shared_memory(needs, *tile) <= hardware.max_shared_memory_size)
+        .filter(move |tile| tile.rows <= needs.max_rows && tile.cols <= needs.max_cols)
+        .filter(move |tile| tile.units <= hardware.max_units_per_cube as usize)
+        .filter(move |tile| simt_shared_memory(needs, *tile) <= hardware.max_shared_memory_size)
 }
 
 /// Bytes of shared memory of a tile program.
@@ -539,7 +571,7 @@ pub(crate) fn simt_shared_memory(needs: &TileNeeds, tile: Tile) -> usize {
         widths.iter().map(|&width| rows * pitch(width) * 16).sum()
     };
     operands(tile.rows, &needs.owned)
-        + operands(tile.cols, &needs.streamed)
+        + tile.stages * operands(tile.cols, &needs.streamed)
         + needs.lefts * tile.rows * (tile.cols + 1) * 4
         + tile.rows * LANES * 4
         // Feature maps reduce over a row's units.

@@ -36,6 +36,7 @@ pub fn feature_rows(
         lefts: 0,
         max_rows: 32,
         max_cols: 32,
+        max_stages: 1,
     };
     let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| ProblemError::NoPlan {
         device: device.identity.name.clone(),
@@ -85,7 +86,7 @@ fn feature_rows_kernel<F: Float, N: Size, V: Size>(
     let rows = RowRange::new::<F, N>(x, batch, head, first, x.shape(2) as u32);
     let mut data = <Simt as TileEngine<F>>::operand(tile.rows, dim, tile);
     <Simt as TileEngine<F>>::begin_load::<N>(&mut data, x, rows, tile);
-    <Simt as TileEngine<F>>::await_load(&mut data);
+    <Simt as TileEngine<F>>::await_loads(0usize);
     <Simt as TileEngine<F>>::apply_feature_map(&mut data, rows.len, phi, tile);
     let start = (batch * x.shape(1) + head) * x.shape(2) + first as usize;
     let vectors = comptime!(dim / 4);

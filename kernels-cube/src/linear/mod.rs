@@ -82,6 +82,7 @@ pub fn linear_attention(
         lefts: 1,
         max_rows: 64,
         max_cols: 64,
+        max_stages: 1,
     };
     let (engine, tile) = tile_of(&needs, &[d], problem.dtype(), device)?;
     let loads = (tile.cols * d.max(dv) / 4).div_ceil(tile.units);

@@ -50,7 +50,7 @@ pub(crate) fn linear_output<E: TileEngine<F>, F: Float, N: Size, V: Size>(
         sums[r] = 0.0;
     }
     E::begin_load::<N>(&mut queries, q, rows, tile);
-    E::await_load(&mut queries);
+    E::await_loads(0usize);
     E::apply_feature_map(&mut queries, comptime!(tile.rows as u32), config.phi, tile);
 
     let mut state_batch = batch;
@@ -88,7 +88,7 @@ pub(crate) fn linear_output<E: TileEngine<F>, F: Float, N: Size, V: Size>(
             E::begin_load::<N>(&mut keys, k, key_rows, tile);
             let value_rows = RowRange::new::<F, N>(v, batch, kv_head, at, end);
             E::begin_load::<N>(&mut right, v, value_rows, tile);
-            E::await_load(&mut keys);
+            E::await_loads(1usize);
             E::apply_feature_map(&mut keys, key_rows.len, config.phi, tile);
             E::mul_nt(&mut scores, &queries, &keys);
             #[unroll]
@@ -102,7 +102,7 @@ pub(crate) fn linear_output<E: TileEngine<F>, F: Float, N: Size, V: Size>(
                 }
             }
             E::stage(&mut weights, &scores);
-            E::await_load(&mut right);
+            E::await_loads(0usize);
             E::mul_nn(&mut acc, &weights, &right);
             sync_cube();
             at += comptime!(tile.cols as u32);
@@ -137,7 +137,7 @@ pub(crate) fn multiply_state<E: TileEngine<F>, F: Float, N: Size>(
     for step in 0..dim.div_ceil(cols) {
         let rows = RowRange::new::<F, N>(h, batch, head, step * cols, dim);
         E::begin_load::<N>(right, h, rows, tile);
-        E::await_load(right);
+        E::await_loads(0usize);
         E::mul_on(acc, queries, step * cols, &*right);
         sync_cube();
     }

@@ -70,6 +70,7 @@ impl StatesPlan {
                     // Fewer waits for loads, where two cubes still share a multiprocessor.
                     cols: if head_dim > 128 { 32 } else { 64 },
                     units: 2 * rows,
+                    stages: 1,
                 },
                 width: widest(if head_dim > 128 { 64 } else { 128 }),
             });
@@ -81,6 +82,7 @@ impl StatesPlan {
                 rows: head_dim,
                 cols,
                 units: head_dim * 8 / per_unit,
+                stages: 1,
             };
             let needs = TileNeeds {
                 owned: vec![],
@@ -89,6 +91,7 @@ impl StatesPlan {
                 lefts: 0,
                 max_rows: head_dim,
                 max_cols: cols,
+                max_stages: 1,
             };
             // Sums of columns take what is counted for reductions along rows; weights of rows are more.
             let bytes = simt_shared_memory(&needs, tile) + 4 * cols;
@@ -408,14 +411,14 @@ fn states_kernel<E: TileEngine<F>, F: Float, N: Size, V: Size>(
                 row_weights[unit] = weight;
             }
         }
-        E::await_load(&mut keys);
+        E::await_loads(1usize);
         if config.normalised {
             let divisors = &divisors[divisor..divisor + config.head_dim];
             E::apply_normalised(&mut keys, rows.len, divisors, config.phi, tile);
         } else {
             E::apply_feature_map(&mut keys, rows.len, config.phi, tile);
         }
-        E::await_load(&mut values);
+        E::await_loads(0usize);
         E::mul_tn(&mut acc, &keys, &values);
         if adds {
             E::add_column_sums(&mut sums, &keys, &row_weights, own, share, shares);

@@ -25,6 +25,7 @@ pub(crate) fn product(
         lefts: 0,
         max_rows: 64,
         max_cols: 32,
+        max_stages: 1,
     };
     let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| ProblemError::NoPlan {
         device: device.identity.name.clone(),
@@ -97,7 +98,7 @@ fn product_kernel<N: Size>(
         columns,
     );
     <Simt as TileEngine<f32>>::begin_load::<N>(&mut right, b, range, tile);
-    <Simt as TileEngine<f32>>::await_load(&mut right);
+    <Simt as TileEngine<f32>>::await_loads(0usize);
     <Simt as TileEngine<f32>>::mul_nt(&mut scores, &left, &right);
 
     let start = CUBE_POS_Z as usize * rows as usize;

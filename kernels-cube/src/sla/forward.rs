@@ -3,7 +3,7 @@
 
 use cubecl::prelude::*;
 
-use crate::block_list::{BlockListView, BlockRow, KeyWalk};
+use crate::block_list::{BlockListView, BlockRow, KeyWalk, Walk, WalkExpand};
 use crate::engine::*;
 use crate::linear::{FeatureMap, divide_rows, multiply_state};
 use crate::mask::{TileWindow, scale_and_mask};
@@ -238,11 +238,10 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
         }
         if comptime!(self.config.form != LinearForm::Global) {
             E::begin_load::<N>(&mut self.phi_queries, q, rows, tile);
-            E::await_load(&mut self.phi_queries);
-            E::apply_feature_map(&mut self.phi_queries, rows.len, self.config.phi, tile);
         }
-        if needed {
-            E::await_load(&mut self.queries);
+        E::await_loads(0usize);
+        if comptime!(self.config.form != LinearForm::Global) {
+            E::apply_feature_map(&mut self.phi_queries, rows.len, self.config.phi, tile);
         }
     }
 
@@ -283,7 +282,7 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
                 let rows = RowRange::new::<F, N>(phi_k, batch, head, keys.first, keys.end);
                 E::begin_load::<N>(&mut self.phi_keys, phi_k, rows, tile);
             }
-            E::await_load(&mut self.keys);
+            E::await_loads(comptime!(1 + usize::from(subtract)));
             E::mul_nt(&mut self.scores, &self.queries, &self.keys);
             let window = TileWindow {
                 first_query: place.first_query,
@@ -296,9 +295,9 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
                 .step::<F, E>(&mut self.scores, &mut self.sparse, &mut self.scratch, tile);
             E::stage(&mut self.weights, &self.scores);
             if subtract {
-                self.weigh(-scalars.state_scale);
+                self.weigh(-scalars.state_scale, 0usize);
             }
-            E::await_load(&mut self.values);
+            E::await_loads(0usize);
             E::mul_nn(&mut self.sparse, &self.weights, &self.values);
             if subtract {
                 E::mul_nn(&mut self.linear, &self.phi_weights, &self.values);
@@ -334,8 +333,8 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
             E::begin_load::<N>(&mut self.phi_keys, phi_k, rows, tile);
             let rows = RowRange::new::<F, N>(v, batch, head, keys.first, keys.end);
             E::begin_load::<N>(&mut self.values, v, rows, tile);
-            self.weigh(factor);
-            E::await_load(&mut self.values);
+            self.weigh(factor, 1usize);
+            E::await_loads(0usize);
             E::mul_nn(&mut self.linear, &self.phi_weights, &self.values);
             sync_cube();
         }
@@ -343,8 +342,8 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
 
     /// Stages `factor phi(Q) phi(K)^T` of the tile of keys on its way, and adds up its rows. Keys
     /// that do not exist are zero rows of `phi(K)`.
-    fn weigh(&mut self, factor: f32) {
-        E::await_load(&mut self.phi_keys);
+    fn weigh(&mut self, factor: f32, #[comptime] newer: usize) {
+        E::await_loads(newer);
         E::mul_nt(&mut self.scores, &self.phi_queries, &self.phi_keys);
         #[unroll]
         for r in 0..self.scores.rows() {
@@ -437,7 +436,7 @@ impl<E: TileEngine<F>, F: Float> Branches<E, F> {
         for step in 0..dim.div_ceil(cols) {
             let rows = RowRange::new::<F, N>(wl, 0, 0, step * cols, dim);
             E::begin_load::<N>(&mut self.values, wl, rows, tile);
-            E::await_load(&mut self.values);
+            E::await_loads(0usize);
             E::mul_on(&mut self.sparse, &linear, step * cols, &self.values);
             sync_cube();
         }

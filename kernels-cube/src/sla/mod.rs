@@ -196,6 +196,7 @@ pub fn sla_forward(
         lefts: 2,
         max_rows: problem.block_q(),
         max_cols: problem.block_k(),
+        max_stages: 1,
     };
     let (engine, tile) = tile_of(&needs, &[d], problem.dtype(), client.properties())?;
     let second_width = second.as_ref().map_or(0, BlockList::width);

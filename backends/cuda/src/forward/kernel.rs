@@ -5,7 +5,7 @@
 //! it, which is where the speed is.
 
 use cubecl::prelude::*;
-use cubesla_kernels::block_list::{BlockListView, KeyTile, KeyWalk};
+use cubesla_kernels::block_list::{BlockListView, KeyWalk, Span, Walk, WalkExpand};
 
 use super::config::{Memory, WgmmaTile};
 use super::consumer::consume;
@@ -182,9 +182,9 @@ impl Work {
     }
 
     /// The keys of tile `t`.
-    pub fn tile(&self, list: &BlockListView, t: u32) -> KeyTile {
+    pub fn tile(&self, list: &BlockListView, t: u32) -> Span {
         let len = self.walk.key_len;
-        let mut keys = KeyTile {
+        let mut keys = Span {
             first: len.div_ceil(64) * 64,
             end: len,
         };

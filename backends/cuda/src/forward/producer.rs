@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::{BlockListView, KeyTile};
+use cubesla_kernels::block_list::{BlockListView, Span};
 
 use super::config::{Memory, Place, next_note};
 use super::kernel::{ForwardConfig, ForwardScalars, Item, Work};
@@ -155,7 +155,7 @@ pub(crate) struct Keys {
 
 #[cube]
 impl Keys {
-    pub fn new(tile: KeyTile) -> Keys {
+    pub fn new(tile: Span) -> Keys {
         let first = tile.first;
         Keys {
             first,

@@ -9,7 +9,7 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
-use cubesla_kernels::block_list::{BlockListView, KeyWalk};
+use cubesla_kernels::block_list::{BlockListView, KeyWalk, Walk, WalkExpand};
 
 use crate::forward::config::{Place, tile_bytes};
 use crate::forward::epilogue::stage_group;

@@ -12,12 +12,13 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use cubesla::plan::{self, Choice};
 use cubesla::{Client, DType, device};
 use indicatif::ProgressBar;
 
 use crate::common;
 use crate::error::Error;
-use cases::{Case, Check, Cost, Scale};
+use cases::{Case, Check, Cost, Scale, Tuning};
 use compare::Peers;
 use timing::Timing;
 
@@ -45,6 +46,10 @@ pub struct Args {
     /// Measure sparse attention over lengths and over sparsities instead, and draw the curves
     #[arg(long)]
     series: bool,
+    /// Run block-sparse attention by the fastest plan on this device instead of the table's, and print
+    /// the time of each
+    #[arg(long)]
+    tune: bool,
     /// Folder for the curves
     #[arg(long, value_name = "DIR", default_value = "cubesla-bench")]
     output: PathBuf,
@@ -70,6 +75,8 @@ pub struct Measured {
     pub cost: Cost,
     /// How the library runs it, where it tells.
     pub plan: Option<String>,
+    /// Times of other plans, if they were asked for.
+    pub tuning: Option<Tuning>,
 }
 
 /// Longest time for the timed calls of a case.
@@ -113,6 +120,9 @@ pub fn run(args: &Args, device: &str) -> Result<(), Error> {
         None => Peers::default(),
     };
 
+    if args.tune {
+        plan::set_choice(Choice::Tuned);
+    }
     let client = device.client();
     let name = client.properties().identity.name.clone();
     println!("Device: {name}");
@@ -124,6 +134,12 @@ pub fn run(args: &Args, device: &str) -> Result<(), Error> {
     progress.finish_and_clear();
 
     println!("{}", report::table(&outcomes, &name, &peers));
+    if args.tune {
+        println!("{}", report::tuning(&outcomes));
+        if let Some(fault) = plan::cache_fault() {
+            eprintln!("warning: {fault}");
+        }
+    }
     if let Some(path) = &args.json {
         json::write(path, &name, &outcomes)?;
         println!("Measurements: {}", path.display());
@@ -178,6 +194,10 @@ fn measured(
     } else {
         BUDGET
     };
+    let tuning = match plan::choice() {
+        Choice::Table => None,
+        Choice::Tuned => work.tune()?,
+    };
     let timing = timing::measure(client, runs, budget, |number| work.call(number))?;
     Ok(Measured {
         timing,
@@ -185,6 +205,7 @@ fn measured(
         check,
         cost: work.cost(),
         plan: work.plan(),
+        tuning,
     })
 }
 

@@ -1,5 +1,7 @@
 //! The table of measurements.
 
+use std::time::Duration;
+
 use comfy_table::{CellAlignment, Table, presets};
 use cubesla::DType;
 use indicatif::BinaryBytes;
@@ -31,6 +33,42 @@ peers          their median over ours: above 1 ours is faster
 /// What an H100 or H200 reaches in products of 16 bits, and in memory traffic.
 const PEAK_FLOPS: f64 = 930e12;
 const PEAK_BYTES: f64 = 4.2e12;
+
+/// The plans of each case with their times.
+pub fn tuning(outcomes: &[Outcome]) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(["case", "plan", "ms", ""]);
+    for outcome in outcomes {
+        let Ok(Measured {
+            tuning: Some(tuning),
+            ..
+        }) = &outcome.result
+        else {
+            continue;
+        };
+        for (number, (plan, time)) in tuning.measured.iter().enumerate() {
+            let mut marks = Vec::new();
+            if number == 0 {
+                marks.push("table");
+            }
+            if plan.engine == tuning.chosen.engine {
+                marks.push("chosen");
+            }
+            let time = match *time {
+                Duration::MAX => "failed".to_owned(),
+                time => format!("{:.3}", 1e3 * time.as_secs_f64()),
+            };
+            table.add_row([
+                outcome.name.clone(),
+                plan.engine.to_string(),
+                time,
+                marks.join(", "),
+            ]);
+        }
+    }
+    format!("Plans of block-sparse attention:\n{table}")
+}
 
 /// A legend, the table, and the plans.
 pub fn table(outcomes: &[Outcome], device: &str, peers: &Peers) -> String {
@@ -162,6 +200,7 @@ mod tests {
                 dtype: DType::BF16,
             },
             plan: Some("wgmma".into()),
+            tuning: None,
         };
         let outcome = |name: &str, result| Outcome {
             name: name.into(),

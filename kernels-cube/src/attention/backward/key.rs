@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::{BackwardConfig, RowStatistics};
 use crate::attention::forward::ForwardScalars;
-use crate::block_list::{BlockWeightsView, InverseListView, QueryWalk};
+use crate::block_list::{BlockWeightsView, InverseListView, QueryWalk, Walk, WalkExpand};
 use crate::engine::*;
 use crate::mask::TileWindow;
 use crate::rows::{RowRange, RowTarget, store_rows};
@@ -45,8 +45,7 @@ pub(crate) fn key_gradients<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Si
     if first_key < end_key {
         let mut k_tile = E::operand(tile.rows, config.head_dim, tile);
         let mut v_tile = E::operand(tile.rows, config.value_dim, tile);
-        let mut q_tile = E::operand(tile.cols, config.head_dim, tile);
-        let mut do_tile = E::operand(tile.cols, config.value_dim, tile);
+        let mut tiles = Streams::<E, F>::new(config.head_dim, config.value_dim, tile);
         let mut p_left = E::left(tile);
         let mut ds_left = E::left(tile);
         let mut scores = E::scores(tile);
@@ -58,8 +57,6 @@ pub(crate) fn key_gradients<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Si
         E::begin_load::<N>(&mut k_tile, k, keys, tile);
         let values = RowRange::new::<F, N>(v, batch, kv_head, first_key, end_key);
         E::begin_load::<N>(&mut v_tile, v, values, tile);
-        E::await_load(&mut k_tile);
-        E::await_load(&mut v_tile);
 
         for member in 0..group {
             let head = kv_head * group + member;
@@ -78,14 +75,11 @@ pub(crate) fn key_gradients<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Si
                 block_q: config.block_q,
                 cols: tile.cols,
             };
+            tiles.start::<QueryWalk, N>(&walk, inverse, q, dout, batch, head);
             for t in 0..walk.tiles() {
                 let queries = walk.tile(inverse, t);
-                let rows = RowRange::new::<F, N>(q, batch, head, queries.first, queries.end);
-                E::begin_load::<N>(&mut q_tile, q, rows, tile);
-                let rows = RowRange::new::<F, N>(dout, batch, head, queries.first, queries.end);
-                E::begin_load::<N>(&mut do_tile, dout, rows, tile);
-                E::await_load(&mut q_tile);
-                E::mul_nt(&mut scores, &k_tile, &q_tile);
+                tiles.next::<QueryWalk, N>(t, &walk, inverse, q, dout, batch, head);
+                E::mul_nt(&mut scores, &k_tile, &tiles.first);
                 let window = TileWindow {
                     first_query: queries.first,
                     first_key,
@@ -115,8 +109,7 @@ pub(crate) fn key_gradients<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Si
                 }
                 E::stage(&mut p_left, &scores);
 
-                E::await_load(&mut do_tile);
-                E::mul_nt(&mut ds, &v_tile, &do_tile);
+                E::mul_nt(&mut ds, &v_tile, &tiles.second);
                 // dS^T = P^T (dP^T - delta).
                 #[unroll]
                 for c in 0..ds.cols() {
@@ -131,11 +124,9 @@ pub(crate) fn key_gradients<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Si
                     }
                 }
                 E::stage(&mut ds_left, &ds);
-                sync_cube();
-                E::mul_nn(&mut dv_acc, &p_left, &do_tile);
-                E::mul_nn(&mut dk_acc, &ds_left, &q_tile);
-                // The tiles are filled again.
-                sync_cube();
+                E::sync_left();
+                E::mul_nn(&mut dv_acc, &p_left, &tiles.second);
+                E::mul_nn(&mut dk_acc, &ds_left, &tiles.first);
             }
         }
 

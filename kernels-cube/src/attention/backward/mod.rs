@@ -158,9 +158,7 @@ impl fmt::Display for BackwardPlan {
             EngineKind::Simt => "simt",
             EngineKind::Mma => "mma",
         };
-        let (q, k) = (self.query, self.key);
-        write!(f, "{name} dq {}x{}, {} units", q.rows, q.cols, q.units)?;
-        write!(f, "; dk dv {}x{}, {} units", k.rows, k.cols, k.units)
+        write!(f, "{name} dq {}; dk dv {}", self.query, self.key)
     }
 }
 
@@ -173,6 +171,7 @@ fn query_needs(problem: &AttentionProblem) -> TileNeeds {
         lefts: 1,
         max_rows: problem.block_q(),
         max_cols: problem.block_k(),
+        max_stages: 3,
     }
 }
 

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::{BackwardConfig, RowStatistics};
 use crate::attention::forward::ForwardScalars;
-use crate::block_list::{BlockListView, BlockWeightsView, KeyWalk};
+use crate::block_list::{BlockListView, BlockWeightsView, KeyWalk, Walk, WalkExpand};
 use crate::engine::*;
 use crate::mask::TileWindow;
 use crate::rows::{RowRange, RowTarget, store_rows};
@@ -43,8 +43,7 @@ pub(crate) fn query_gradient<E: TileEngine<F>, F: Float, G: Float, N: Size, V: S
     if first_query < end_query {
         let mut q_tile = E::operand(tile.rows, config.head_dim, tile);
         let mut do_tile = E::operand(tile.rows, config.value_dim, tile);
-        let mut k_tile = E::operand(tile.cols, config.head_dim, tile);
-        let mut v_tile = E::operand(tile.cols, config.value_dim, tile);
+        let mut tiles = Streams::<E, F>::new(config.head_dim, config.value_dim, tile);
         let mut left = E::left(tile);
         let mut scores = E::scores(tile);
         let mut dp = E::scores(tile);
@@ -81,19 +80,13 @@ pub(crate) fn query_gradient<E: TileEngine<F>, F: Float, G: Float, N: Size, V: S
         E::begin_load::<N>(&mut q_tile, q, queries, tile);
         let grads = RowRange::new::<F, N>(dout, batch, head, first_query, end_query);
         E::begin_load::<N>(&mut do_tile, dout, grads, tile);
-        E::await_load(&mut q_tile);
-        E::await_load(&mut do_tile);
+        tiles.start::<KeyWalk, N>(&walk, list, k, v, batch, kv_head);
 
         for t in 0..walk.tiles() {
             let keys = walk.tile(list, t);
-            let key_rows = RowRange::new::<F, N>(k, batch, kv_head, keys.first, keys.end);
-            E::begin_load::<N>(&mut k_tile, k, key_rows, tile);
-            let value_rows = RowRange::new::<F, N>(v, batch, kv_head, keys.first, keys.end);
-            E::begin_load::<N>(&mut v_tile, v, value_rows, tile);
-            E::await_load(&mut k_tile);
-            E::mul_nt(&mut scores, &q_tile, &k_tile);
-            E::await_load(&mut v_tile);
-            E::mul_nt(&mut dp, &do_tile, &v_tile);
+            tiles.next::<KeyWalk, N>(t, &walk, list, k, v, batch, kv_head);
+            E::mul_nt(&mut scores, &q_tile, &tiles.first);
+            E::mul_nt(&mut dp, &do_tile, &tiles.second);
 
             let window = TileWindow {
                 first_query,
@@ -120,10 +113,8 @@ pub(crate) fn query_gradient<E: TileEngine<F>, F: Float, G: Float, N: Size, V: S
                 }
             }
             E::stage(&mut left, &scores);
-            sync_cube();
-            E::mul_nn(&mut acc, &left, &k_tile);
-            // The tiles are filled again.
-            sync_cube();
+            E::sync_left();
+            E::mul_nn(&mut acc, &left, &tiles.first);
         }
 
         #[unroll]

@@ -58,6 +58,7 @@ impl WeightJob<'_> {
             lefts: 0,
             max_rows: problem.block_q(),
             max_cols: problem.block_k(),
+            max_stages: 1,
         };
         let (engine, tile) = engine_tile(&needs, problem.dtype(), device)?;
         let loads = |rows: usize| (rows * (d + dv) / 4).div_ceil(tile.units) + 4;
@@ -177,16 +178,14 @@ fn weight_gradient<E: TileEngine<F>, F: Float, N: Size>(
             E::begin_load::<N>(&mut a_tile, a, range, tile);
             let range = RowRange::new::<F, N>(dout, batch, head, first, end_query);
             E::begin_load::<N>(&mut do_tile, dout, range, tile);
-            E::await_load(&mut a_tile);
-            E::await_load(&mut do_tile);
+            E::await_loads(0usize);
             for j in 0..(end_key - first_key).div_ceil(cols) {
                 let key = first_key + j * cols;
                 let range = RowRange::new::<F, N>(b, batch, kv_head, key, end_key);
                 E::begin_load::<N>(&mut b_tile, b, range, tile);
                 let range = RowRange::new::<F, N>(v, batch, kv_head, key, end_key);
                 E::begin_load::<N>(&mut v_tile, v, range, tile);
-                E::await_load(&mut b_tile);
-                E::await_load(&mut v_tile);
+                E::await_loads(0usize);
                 E::mul_nt(&mut scores, &a_tile, &b_tile);
                 E::mul_nt(&mut dp, &do_tile, &v_tile);
                 let window = TileWindow {

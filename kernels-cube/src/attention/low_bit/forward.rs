@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::tile::{CodeTile, load_four, load_numbers};
-use crate::block_list::{BlockListView, KeyWalk};
+use crate::block_list::{BlockListView, KeyWalk, Walk, WalkExpand};
 use crate::engine::*;
 use crate::mask::{TileWindow, scale_and_mask};
 use crate::quantize::{Format, code, number};

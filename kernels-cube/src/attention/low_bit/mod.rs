@@ -104,6 +104,7 @@ pub(crate) fn low_bit_tile(
         lefts: 1,
         max_rows: problem.block_q(),
         max_cols: problem.block_k(),
+        max_stages: 1,
     };
     let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| no_tile(device))?;
     let iterations = loop_iterations(problem, tile, list);

@@ -271,6 +271,7 @@ impl<'a> WalkJob<'a> {
             lefts: 1,
             max_rows: problem.block_q(),
             max_cols: problem.block_k(),
+            max_stages: 3,
         };
         let key = TileNeeds {
             owned: vec![d, dv],

@@ -27,6 +27,7 @@ pub(crate) fn multiply_rows(
         lefts: 0,
         max_rows: 64,
         max_cols: 64,
+        max_stages: 1,
     };
     let (engine, tile) = engine_tile(&needs, a.dtype(), device)?;
     let loads = (tile.rows.max(tile.cols) * width / 4).div_ceil(tile.units);
@@ -151,8 +152,7 @@ fn multiply_rows_kernel<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Size>(
         b.shape(2) as u32,
     );
     E::begin_load::<N>(&mut right, b, columns, tile);
-    E::await_load(&mut left);
-    E::await_load(&mut right);
+    E::await_loads(0usize);
     E::mul_nt(&mut products, &left, &right);
     #[unroll]
     for r in 0..products.rows() {

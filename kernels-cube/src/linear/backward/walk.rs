@@ -8,7 +8,9 @@
 
 use cubecl::prelude::*;
 
-use crate::block_list::{BlockListView, BlockWeightsView, InverseListView, KeyWalk, QueryWalk};
+use crate::block_list::{
+    BlockListView, BlockWeightsView, InverseListView, KeyWalk, QueryWalk, Walk, WalkExpand,
+};
 use crate::engine::*;
 use crate::rows::{RowRange, RowTarget, add_rows, store_rows};
 
@@ -65,8 +67,7 @@ pub(crate) fn query_walk<E: TileEngine<F>, F: Float, N: Size, V: Size>(
 
     if first < end {
         let mut do_tile = E::operand(tile.rows, config.value_dim, tile);
-        let mut k_tile = E::operand(tile.cols, config.head_dim, tile);
-        let mut v_tile = E::operand(tile.cols, config.value_dim, tile);
+        let mut tiles = Streams::<E, F>::new(config.value_dim, config.head_dim, tile);
         let mut left = E::left(tile);
         let mut scores = E::scores(tile);
         let mut acc = E::accumulator(config.head_dim, tile);
@@ -78,25 +79,19 @@ pub(crate) fn query_walk<E: TileEngine<F>, F: Float, N: Size, V: Size>(
         };
         let grads = RowRange::new::<F, N>(dout, batch, head, first, end);
         E::begin_load::<N>(&mut do_tile, dout, grads, tile);
-        E::await_load(&mut do_tile);
+        tiles.start::<KeyWalk, N>(&walk, list, v, phi_k, batch, kv_head);
         for t in 0..walk.tiles() {
-            let keys = walk.tile(list, t);
-            let rows = RowRange::new::<F, N>(v, batch, kv_head, keys.first, keys.end);
-            E::begin_load::<N>(&mut v_tile, v, rows, tile);
-            let rows = RowRange::new::<F, N>(phi_k, batch, kv_head, keys.first, keys.end);
-            E::begin_load::<N>(&mut k_tile, phi_k, rows, tile);
-            E::await_load(&mut v_tile);
-            E::mul_nt(&mut scores, &do_tile, &v_tile);
+            tiles.next::<KeyWalk, N>(t, &walk, list, v, phi_k, batch, kv_head);
+            E::mul_nt(&mut scores, &do_tile, &tiles.first);
             let mut scaled = factor;
             if config.weighted {
+                let keys = walk.tile(list, t);
                 let key_block = keys.first / comptime!(config.block_k as u32);
                 scaled *= 1.0 - weights.at(head_index, query_block, key_block);
             }
             stage_scaled::<F, E>(&mut left, &mut scores, scaled);
-            E::await_load(&mut k_tile);
-            E::mul_nn(&mut acc, &left, &k_tile);
-            // The tiles are filled again.
-            sync_cube();
+            E::sync_left();
+            E::mul_nn(&mut acc, &left, &tiles.second);
         }
         let target = RowTarget {
             first_row: head_index * dout.shape(2) + first as usize,
@@ -139,8 +134,7 @@ pub(crate) fn key_walk<E: TileEngine<F>, F: Float, N: Size, V: Size>(
     if first < end {
         let mut k_tile = E::operand(tile.rows, config.head_dim, tile);
         let mut v_tile = E::operand(tile.rows, config.value_dim, tile);
-        let mut q_tile = E::operand(tile.cols, config.head_dim, tile);
-        let mut do_tile = E::operand(tile.cols, config.value_dim, tile);
+        let mut tiles = Streams::<E, F>::new(config.head_dim, config.value_dim, tile);
         let mut p_left = E::left(tile);
         let mut du_left = E::left(tile);
         let mut scores = E::scores(tile);
@@ -150,8 +144,6 @@ pub(crate) fn key_walk<E: TileEngine<F>, F: Float, N: Size, V: Size>(
         E::begin_load::<N>(&mut k_tile, phi_k, keys, tile);
         let values = RowRange::new::<F, N>(v, batch, kv_head, first, end);
         E::begin_load::<N>(&mut v_tile, v, values, tile);
-        E::await_load(&mut k_tile);
-        E::await_load(&mut v_tile);
         for member in 0..group {
             let head = kv_head * group + member;
             let head_index = batch * qn.shape(1) + head;
@@ -161,28 +153,22 @@ pub(crate) fn key_walk<E: TileEngine<F>, F: Float, N: Size, V: Size>(
                 block_q: config.block_q,
                 cols: tile.cols,
             };
+            tiles.start::<QueryWalk, N>(&walk, inverse, qn, dout, batch, head);
             for t in 0..walk.tiles() {
-                let queries = walk.tile(inverse, t);
-                let rows = RowRange::new::<F, N>(qn, batch, head, queries.first, queries.end);
-                E::begin_load::<N>(&mut q_tile, qn, rows, tile);
-                let rows = RowRange::new::<F, N>(dout, batch, head, queries.first, queries.end);
-                E::begin_load::<N>(&mut do_tile, dout, rows, tile);
+                tiles.next::<QueryWalk, N>(t, &walk, inverse, qn, dout, batch, head);
                 let mut scaled = factor;
                 if config.weighted {
+                    let queries = walk.tile(inverse, t);
                     let query_block = queries.first / comptime!(config.block_q as u32);
                     scaled *= 1.0 - weights.at(head_index, query_block, key_block);
                 }
-                E::await_load(&mut q_tile);
-                E::mul_nt(&mut scores, &k_tile, &q_tile);
+                E::mul_nt(&mut scores, &k_tile, &tiles.first);
                 stage_scaled::<F, E>(&mut p_left, &mut scores, scaled);
-                E::await_load(&mut do_tile);
-                E::mul_nt(&mut scores, &v_tile, &do_tile);
+                E::mul_nt(&mut scores, &v_tile, &tiles.second);
                 stage_scaled::<F, E>(&mut du_left, &mut scores, scaled);
-                sync_cube();
-                E::mul_nn(&mut dv_acc, &p_left, &do_tile);
-                E::mul_nn(&mut dk_acc, &du_left, &q_tile);
-                // The tiles are filled again.
-                sync_cube();
+                E::sync_left();
+                E::mul_nn(&mut dv_acc, &p_left, &tiles.second);
+                E::mul_nn(&mut dk_acc, &du_left, &tiles.first);
             }
         }
         let first_row = (batch * v.shape(1) + kv_head) * v.shape(2) + first as usize;

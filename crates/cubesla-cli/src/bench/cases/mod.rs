@@ -12,6 +12,9 @@ mod sla_backward;
 mod sparse;
 mod top_k;
 
+use std::time::Duration;
+
+use cubesla::plan::ForwardPlan;
 use cubesla::{Client, DType};
 
 use crate::error::Error;
@@ -42,6 +45,18 @@ pub trait Work {
     fn plan(&self) -> Option<String> {
         None
     }
+    /// Times of its plans, the table's first, and the one that tuning chooses, where it can.
+    fn tune(&self) -> Result<Option<Tuning>, Error> {
+        Ok(None)
+    }
+}
+
+/// Plans of a case with the time of a call, the table's first, and the chosen one.
+pub struct Tuning {
+    /// All that were measured.
+    pub measured: Vec<(ForwardPlan, Duration)>,
+    /// Chosen by measuring, now or earlier.
+    pub chosen: ForwardPlan,
 }
 
 /// A sample of results against the reference.

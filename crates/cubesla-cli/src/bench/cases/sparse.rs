@@ -1,6 +1,6 @@
 //! Block-sparse attention, the block list given.
 
-use cubesla::plan::ForwardPlan;
+use cubesla::plan::{self, Choice, ForwardEngine, ForwardInputs, ForwardPlan};
 use cubesla::{
     AttentionOptions, AttentionProblem, BlockList, Client, DType, HostBlockList,
     block_sparse_attention,
@@ -9,7 +9,7 @@ use cubesla_reference::attention::{Causal, forward};
 use cubesla_reference::blocks::BlockWeights;
 use cubesla_reference::{Tensor, relative_error};
 
-use super::{Case, Check, Cost, Qkv, Scale, Size, Work, bound};
+use super::{Case, Check, Cost, Qkv, Scale, Size, Tuning, Work, bound};
 use crate::bench::host::{HostTensor, Random};
 use crate::error::Error;
 
@@ -104,6 +104,18 @@ pub fn random_list(problem: &AttentionProblem, sparsity: usize) -> Result<HostBl
     Ok(HostBlockList::from_rows(shape, rows)?)
 }
 
+impl Sparse {
+    fn inputs(&self) -> ForwardInputs<'_> {
+        let [q, k, v] = self.inputs.copy(0);
+        ForwardInputs {
+            q,
+            k,
+            v,
+            list: &self.on_device,
+        }
+    }
+}
+
 impl Work for Sparse {
     fn call(&self, number: usize) -> Result<(), Error> {
         let [q, k, v] = self.inputs.copy(number);
@@ -139,8 +151,34 @@ impl Work for Sparse {
     }
 
     fn plan(&self) -> Option<String> {
-        let plan = ForwardPlan::new(&self.problem, self.client.properties());
+        let plan = match plan::choice() {
+            Choice::Table => ForwardPlan::new(&self.problem, self.client.properties()),
+            Choice::Tuned => ForwardPlan::tuned(&self.client, &self.problem, self.inputs()),
+        };
         plan.ok().map(|plan| plan.to_string())
+    }
+
+    fn tune(&self) -> Result<Option<Tuning>, Error> {
+        let (client, problem, inputs) = (&self.client, &self.problem, self.inputs());
+        let refused = |error| Error::from(cubesla::Error::from(error));
+        let device = client.properties();
+        let mut plans = ForwardPlan::candidates(problem, device).map_err(refused)?;
+        // Sizes of the portable engine where a faster one runs the problem.
+        let portable = plans.last().map(|plan| plan.engine);
+        if let Some(ForwardEngine::Tile(plan)) = portable {
+            for plan in plan.choices(problem, device) {
+                let engine = ForwardEngine::Tile(plan);
+                if plans.iter().all(|other| other.engine != engine) {
+                    plans.push(ForwardPlan {
+                        engine,
+                        passed_over: Vec::new(),
+                    });
+                }
+            }
+        }
+        let measured = ForwardPlan::measure(client, problem, inputs, plans).map_err(refused)?;
+        let chosen = ForwardPlan::tuned(client, problem, inputs).map_err(refused)?;
+        Ok(Some(Tuning { measured, chosen }))
     }
 }
 

@@ -106,9 +106,9 @@ pub(super) fn query_rows<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Size>
     E::begin_load::<N>(&mut phi, q, rows, tile);
     let grad_rows = RowRange::new::<F, N>(dout, batch, head, first, q.shape(2) as u32);
     E::begin_load::<N>(&mut grads, dout, grad_rows, tile);
-    E::await_load(&mut phi);
+    E::await_loads(1usize);
     E::apply_feature_map(&mut phi, rows.len, config.phi, tile);
-    E::await_load(&mut grads);
+    E::await_loads(0usize);
     multiply_state::<E, F, N>(
         &mut acc,
         &grads,
@@ -195,9 +195,9 @@ pub(super) fn key_rows<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Size>(
     E::begin_load::<N>(&mut phi, k, rows, tile);
     let value_rows = RowRange::new::<F, N>(v, batch, head, first, k.shape(2) as u32);
     E::begin_load::<N>(&mut values, v, value_rows, tile);
-    E::await_load(&mut phi);
+    E::await_loads(1usize);
     E::apply_feature_map(&mut phi, rows.len, config.phi, tile);
-    E::await_load(&mut values);
+    E::await_loads(0usize);
 
     let first_row = (batch * k.shape(1) + head) * k.shape(2) + first as usize;
     let mut dk_acc = E::accumulator(config.head_dim, tile);

@@ -121,6 +121,7 @@ impl<'a> RowJob<'a> {
             lefts: 0,
             max_rows: 64,
             max_cols: 64,
+            max_stages: 1,
         };
         let key = TileNeeds {
             streamed: vec![d, dv],
