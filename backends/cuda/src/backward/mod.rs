@@ -63,7 +63,7 @@ impl WgmmaBackwardPlan {
                 value_dim: dim,
                 bf16,
                 consumers,
-                keys: 64,
+                keys: query_tile_keys(dim, consumers),
                 stages: 3,
                 ahead: false,
             },
@@ -83,6 +83,13 @@ impl WgmmaBackwardPlan {
     pub fn takes(inputs: &BackwardInputs<'_>, outputs: &BackwardOutputs<'_>) -> bool {
         inputs.grad_out.is_aligned() && outputs.dq.dtype() == inputs.q.dtype()
     }
+}
+
+/// Keys of a tile of the queries' gradient. Up to D = 64 two warpgroups have no more than an even share
+/// of the registers, 168 a unit, where ptxas ignores `setmaxnreg`. Tiles of 64 keys need more, and
+/// ptxas of CUDA 13.0 then lets operands share registers, without a warning, and results are wrong.
+fn query_tile_keys(dim: usize, consumers: usize) -> usize {
+    if dim <= 64 && consumers == 2 { 32 } else { 64 }
 }
 
 impl fmt::Display for WgmmaBackwardPlan {

@@ -7,7 +7,7 @@ use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
 use cubesla_kernels::block_list::BlockListView;
 
 use crate::forward::config::{Memory, Place, WgmmaTile, next_note};
-use crate::forward::epilogue::{begin_staging, stage_accumulator, store_staged};
+use crate::forward::epilogue::{begin_staging, end_stores, stage_accumulator, store_staged};
 use crate::forward::kernel::{ForwardConfig, ForwardScalars, Item, Work, init_barriers};
 use crate::forward::producer::{Producer, Source};
 use crate::ptx::{backward, barrier, math, wgmma};
@@ -127,6 +127,7 @@ pub(crate) fn query_gradients_wgmma<F: Float>(
             store_staged(dq, staging, item, config);
             index += CUBE_COUNT_X;
         }
+        end_stores();
     }
 }
 

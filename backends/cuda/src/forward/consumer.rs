@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
 
 use super::config::{Memory, Place, next_note};
-use super::epilogue::{load_accumulator, store};
+use super::epilogue::{end_stores, load_accumulator, store};
 use super::kernel::{ForwardConfig, ForwardScalars, Item};
 use super::producer::{Keys, read_keys};
 use super::softmax::{RowPair, make_weights, take_scores};
@@ -38,6 +38,7 @@ pub(crate) fn consume<F: Float>(
         store(out, lse, memory, item, &rows, scalars, config);
     }
     wgmma::wait(0u32);
+    end_stores();
 }
 
 /// Where a warpgroup stands in what the producer loads.

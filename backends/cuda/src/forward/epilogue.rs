@@ -60,6 +60,14 @@ pub(crate) fn store_staged(out: u64, staging: u32, item: Item, #[comptime] confi
     }
 }
 
+/// Lets the last stores read their shared memory, which is another cube's when this one has ended.
+#[cube]
+pub(crate) fn end_stores() {
+    if UNIT_POS % 128 == 0 {
+        tma::wait_stores_read();
+    }
+}
+
 /// Stores the log-sum-exp of the unit's rows.
 #[cube]
 pub(crate) fn store_lse(

@@ -10,6 +10,7 @@ use super::producer::{ScaledKeys, read_keys};
 use super::softmax::{softmax, write_weights};
 use crate::forward::config::{Memory, Place, next_note};
 use crate::forward::consumer::release;
+use crate::forward::epilogue::end_stores;
 use crate::forward::kernel::{ForwardScalars, Item};
 use crate::forward::producer::Keys;
 use crate::forward::softmax::RowPair;
@@ -61,6 +62,7 @@ pub(super) fn consume<F: Float>(
         );
     }
     wgmma::wait(0u32);
+    end_stores();
 }
 
 /// Where a warpgroup stands in what the producer loads.

@@ -8,6 +8,7 @@ use cubesla_kernels::linear::FeatureMap;
 use super::epilogue::{Epilogue, finish};
 use crate::forward::config::{Memory, next_note, tile_bytes};
 use crate::forward::consumer::Consumer;
+use crate::forward::epilogue::end_stores;
 use crate::forward::kernel::{ForwardConfig, ForwardScalars, Item, Work, init_barriers};
 use crate::forward::producer::{Producer, Source};
 use crate::forward::softmax::RowPair;
@@ -283,5 +284,6 @@ pub(crate) fn sla_forward_wgmma<F: Float>(
             );
             index += CUBE_COUNT_X;
         }
+        end_stores();
     }
 }
