@@ -267,8 +267,10 @@ pub fn bound(plain: &Tensor, exact: &Tensor, dtype: DType) -> f64 {
     }
 }
 
-/// The relative error that a gradient may have: 1e-5 in f32, in 16 bits twice that of `plain`, but not
-/// less, as some gradients are exactly 0.
+/// The relative error that a gradient may have: 1e-5 in f32, in 16 bits twice that of `plain`, thrice
+/// where so few elements leave both to chance, but not less than in f32, as some gradients are exactly 0.
 pub fn gradient_bound(plain: &Tensor, exact: &Tensor, dtype: DType) -> f64 {
-    bound(plain, exact, dtype).max(1e-5)
+    let few = exact.data().len() < 512 && dtype != DType::F32;
+    let factor = if few { 1.5 } else { 1.0 };
+    (factor * bound(plain, exact, dtype)).max(1e-5)
 }

@@ -1,6 +1,7 @@
 //! The backward of block-sparse attention on Hopper.
 //!
-//! Supported: f16 and bf16; D = Dv up to 128; query blocks of 64 or 128 rows, key blocks of 64 or 128;
+//! Supported: f16 and bf16; D = Dv up to 128, with query blocks of 128 rows not from 33 to 63; query
+//! blocks of 64 or 128 rows, key blocks of 64 or 128;
 //! grouped heads; any lengths; gradients in the inputs' type; inputs whose rows are contiguous and
 //! 16-byte aligned.
 //! Rejected by [`WgmmaBackwardPlan::new`], with the reason; the portable engines take those problems.
@@ -51,6 +52,11 @@ impl WgmmaBackwardPlan {
         if !matches!(problem.block_q(), 64 | 128) || !matches!(problem.block_k(), 64 | 128) {
             return Err("a warpgroup computes 64 rows of one block");
         }
+        if problem.block_q() == 128 && (33..64).contains(&dim) {
+            return Err(
+                "tiles of keys that fit the registers are known for D up to 32, and from 64",
+            );
+        }
         if problem.causal() != Causal::None {
             return Err("causal masks are the portable engines'");
         }
@@ -85,11 +91,13 @@ impl WgmmaBackwardPlan {
     }
 }
 
-/// Keys of a tile of the queries' gradient. Up to D = 64 two warpgroups have no more than an even share
-/// of the registers, 168 a unit, where ptxas ignores `setmaxnreg`. Tiles of 64 keys need more, and
-/// ptxas of CUDA 13.0 then lets operands share registers, without a warning, and results are wrong.
+/// Keys of a tile of the queries' gradient.
+///
+/// Two warpgroups have no more than an even share of the registers up to D = 64, 168 a unit, as ptxas
+/// ignores `setmaxnreg` there. Tiles of 64 keys need more at D = 64, and ptxas of CUDA 13.0 then lets
+/// operands share registers: without a warning, results are wrong.
 fn query_tile_keys(dim: usize, consumers: usize) -> usize {
-    if dim <= 64 && consumers == 2 { 32 } else { 64 }
+    if dim == 64 && consumers == 2 { 32 } else { 64 }
 }
 
 impl fmt::Display for WgmmaBackwardPlan {
