@@ -94,7 +94,13 @@ impl ForwardPlan {
         problem: &AttentionProblem,
         device: &DeviceProperties,
     ) -> Result<Self, &'static str> {
-        mma_tile(&needs(problem), problem.dtype(), device).map(Self::Mma)
+        let mut needs = needs(problem);
+        // Beside an accumulator of 128 columns, a narrow tile leaves a multiprocessor room for another
+        // cube: on an H200 a fifth faster than one of 64 columns.
+        if problem.value_dim() >= 128 && needs.max_cols.is_multiple_of(32) {
+            needs.max_cols = 32;
+        }
+        mma_tile(&needs, problem.dtype(), device).map(Self::Mma)
     }
 
     /// The sane plans of this plan's engine for `problem`, itself first: of two, the faster depends on
