@@ -276,12 +276,23 @@ pub(super) fn load_rows(
     let lane = UNIT_POS % 32;
     let row = lane % 16;
     let base = at + row * 128;
+    // Chunks are counted from here on, each time: addresses of all would be kept in registers.
+    let first = here(lane / 16 ^ (row % 8));
     #[unroll]
     for step in 0..comptime!(width / 16) {
-        let chunk = comptime!((step % 4 * 2) as u32) + lane / 16;
-        let from = base + comptime!((step / 4 * rows * 128) as u32) + (chunk ^ (row % 8)) * 16;
+        let chunk = first ^ comptime!((step % 4 * 2) as u32);
+        let from = base + comptime!((step / 4 * rows * 128) as u32) + chunk * 16;
         load_step(name, from, step);
     }
+}
+
+/// `x`, of which the compiler knows nothing before here, so that it computes nothing from it earlier.
+#[cube]
+fn here(x: u32) -> u32 {
+    let x = value::<u32>(x);
+    let y: u32;
+    gpu_asm!("mov.u32 {y}, {x};", y = out(_) y, x = in(_) x);
+    y
 }
 
 #[cube]
