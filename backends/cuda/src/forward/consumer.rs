@@ -105,7 +105,7 @@ impl Consumer {
         let warp_rows = memory.queries + UNIT_POS / 32 * comptime!(16 * 128u32);
         wgmma::load_queries(warp_rows, tile.rows(), tile.products());
         sync_plane();
-        if UNIT_POS % 32 == 0 {
+        if more && UNIT_POS % 32 == 0 {
             barrier::arrive(memory.query_empty());
         }
     }

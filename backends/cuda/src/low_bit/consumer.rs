@@ -92,7 +92,7 @@ impl Consumer {
         let warp_rows = memory.queries + UNIT_POS / 32 * comptime!(16 * 128u32);
         low_bit::load_queries(warp_rows, config.forward.tile.rows(), config.products());
         sync_plane();
-        if UNIT_POS % 32 == 0 {
+        if more && UNIT_POS % 32 == 0 {
             barrier::arrive(memory.query_empty());
         }
         self.begin_scores(more, memory);
