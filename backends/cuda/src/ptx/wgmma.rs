@@ -277,7 +277,7 @@ pub(super) fn load_rows(
     let row = lane % 16;
     let base = at + row * 128;
     // Chunks are counted from here on, each time: addresses of all would be kept in registers.
-    let first = here(lane / 16 ^ (row % 8));
+    let first = here((lane / 16) ^ (row % 8));
     #[unroll]
     for step in 0..comptime!(width / 16) {
         let chunk = first ^ comptime!((step % 4 * 2) as u32);
