@@ -12,8 +12,10 @@
 //! - The product with the values of one tile overlaps the softmax of the next, and so does the product
 //!   with the keys of the tile after that, where registers hold the scores of two tiles.
 //! - The running maximum is replaced only when it must be, so the accumulator is seldom rescaled.
-//! - Cubes stay and take one query block after another: the producer loads the next block's queries
-//!   and keys while the last block is being finished and stored.
+//! - Cubes stay and take one query block after another: the next block's queries and keys are loaded, and
+//!   its first scores multiplied, while the last block is being finished and stored.
+//! - The producer alone reads lists. It writes what consumers need of them to shared memory, under the
+//!   barriers of what it loads, so that their latency is its own.
 //! - Registers move from the producer's warpgroup to the others (`setmaxnreg`).
 
 pub(crate) mod config;
