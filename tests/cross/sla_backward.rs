@@ -135,31 +135,33 @@ fn head_dimensions_and_blocks() {
 /// Blocks that Hopper's engine takes, with grouped heads and lengths that divide nothing.
 #[test]
 fn every_engine_in_both_modes() {
-    for (head_dim, block_q, block_k) in [(64, 128, 64), (128, 64, 128)] {
-        for linear in [LinearMode::Complement, LinearMode::Global] {
-            for combine in [Combine::Sla, Combine::LogitPerBlock] {
-                check(SlaCase {
-                    attention: AttentionCase {
-                        query_heads: 4,
-                        kv_heads: 2,
-                        query_len: 150,
-                        key_len: 600,
-                        head_dim,
-                        value_dim: head_dim,
-                        options: AttentionOptions {
-                            block_q,
-                            block_k,
-                            ..AttentionOptions::default()
-                        },
-                        lists: Lists::TopK(2),
-                        ..AttentionCase::default()
-                    },
-                    linear,
-                    combine,
-                    ..SlaCase::default()
-                });
-            }
-        }
+    let [complement, global] = [LinearMode::Complement, LinearMode::Global];
+    for (head_dim, block_q, block_k, linear, combine) in [
+        (64, 128, 64, complement, Combine::Sla),
+        (64, 128, 64, global, Combine::LogitPerBlock),
+        (128, 64, 128, complement, Combine::LogitPerBlock),
+        (128, 64, 128, global, Combine::Sla),
+    ] {
+        check(SlaCase {
+            attention: AttentionCase {
+                query_heads: 4,
+                kv_heads: 2,
+                query_len: 150,
+                key_len: 600,
+                head_dim,
+                value_dim: head_dim,
+                options: AttentionOptions {
+                    block_q,
+                    block_k,
+                    ..AttentionOptions::default()
+                },
+                lists: Lists::TopK(2),
+                ..AttentionCase::default()
+            },
+            linear,
+            combine,
+            ..SlaCase::default()
+        });
     }
 }
 
