@@ -12,6 +12,7 @@ use cubesla::plan::{ForwardPlan, MatmulPlan, SlaBackwardPlan};
 use cubesla::{
     AttentionOptions, AttentionProblem, DType, Format, Granularity, LowBitForm, MatmulProblem,
 };
+use harness::AttentionCase;
 
 /// A device as far as plans look at it.
 struct Profile {
@@ -131,6 +132,17 @@ impl Profile {
     }
 }
 
+fn problem_of(case: &AttentionCase) -> AttentionProblem {
+    AttentionProblem::from_shapes(
+        case.q_shape(),
+        case.k_shape(),
+        case.v_shape(),
+        case.dtype,
+        &case.options,
+    )
+    .expect("a valid case")
+}
+
 #[test]
 fn plans_are_the_ones_written_down() {
     let mut table = String::new();
@@ -138,14 +150,7 @@ fn plans_are_the_ones_written_down() {
         writeln!(table, "{}", profile.name).unwrap();
         let device = profile.properties();
         for case in harness::golden::forward_cases() {
-            let problem = AttentionProblem::from_shapes(
-                case.q_shape(),
-                case.k_shape(),
-                case.v_shape(),
-                case.dtype,
-                &case.options,
-            )
-            .unwrap();
+            let problem = problem_of(&case);
             let plan = match ForwardPlan::new(&problem, &device) {
                 Ok(plan) => plan.to_string(),
                 Err(refusal) => refusal.to_string(),
@@ -175,14 +180,7 @@ fn candidates_are_the_ones_written_down() {
         let device = profile.properties();
         let cases = harness::golden::forward_cases();
         for case in cases.into_iter().filter(|case| case.dtype == DType::BF16) {
-            let problem = AttentionProblem::from_shapes(
-                case.q_shape(),
-                case.k_shape(),
-                case.v_shape(),
-                case.dtype,
-                &case.options,
-            )
-            .unwrap();
+            let problem = problem_of(&case);
             writeln!(
                 table,
                 "  D={} Dv={} blocks {}x{} scale {:+.3}",

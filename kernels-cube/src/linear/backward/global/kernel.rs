@@ -77,6 +77,26 @@ fn zeros(#[comptime] rows: usize) -> Array<f32> {
     numbers
 }
 
+/// Stores the first `len` rows of `acc`, `width` wide, added to those of `others`, from `first_row` on.
+#[cube]
+fn store_sum<F: Float, G: Float, V: Size, E: TileEngine<F>>(
+    to: &mut [Vector<F, V>],
+    others: &[Vector<G, V>],
+    acc: &mut E::Fragment,
+    first_row: usize,
+    len: u32,
+    #[comptime] width: usize,
+) {
+    let target = RowTarget {
+        first_row,
+        len,
+        first_column: 0,
+        end_column: comptime!(width as u32),
+    };
+    add_rows::<G, V, E::Fragment>(acc, others, target, width);
+    store_rows::<F, V, E::Fragment>(to, &*acc, target, width);
+}
+
 /// Grid: x = tiles of query rows, y = query head, z = batch.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn query_rows<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Size>(
@@ -153,14 +173,7 @@ pub(super) fn query_rows<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Size>
     // The mean that softmax would take away is 0.
     let means = zeros(acc.rows());
     multiply_slopes::<F, E>(&mut acc, &phi, &means, config.phi);
-    let target = RowTarget {
-        first_row,
-        len: rows.len,
-        first_column: 0,
-        end_column: comptime!(dim as u32),
-    };
-    add_rows::<G, V, E::Fragment>(&mut acc, others, target, dim);
-    store_rows::<F, V, E::Fragment>(dq, &acc, target, dim);
+    store_sum::<F, G, V, E>(dq, others, &mut acc, first_row, rows.len, dim);
 }
 
 /// Grid: x = tiles of keys, y = key head, z = batch.
@@ -230,14 +243,7 @@ pub(super) fn key_rows<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Size>(
         E::row_sum(&mut means, &mut scratch, tile);
     }
     multiply_slopes::<F, E>(&mut dk_acc, &phi, &means, config.phi);
-    let target = RowTarget {
-        first_row,
-        len: rows.len,
-        first_column: 0,
-        end_column: comptime!(dim as u32),
-    };
-    add_rows::<G, V, E::Fragment>(&mut dk_acc, others_k, target, dim);
-    store_rows::<F, V, E::Fragment>(dk, &dk_acc, target, dim);
+    store_sum::<F, G, V, E>(dk, others_k, &mut dk_acc, first_row, rows.len, dim);
 
     let mut dv_acc = E::accumulator(config.value_dim, tile);
     multiply_state::<E, F, N>(
@@ -257,12 +263,5 @@ pub(super) fn key_rows<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Size>(
             dv_acc.set(r, c, dv_acc.get(r, c) * factor);
         }
     }
-    let target = RowTarget {
-        first_row,
-        len: rows.len,
-        first_column: 0,
-        end_column: comptime!(value_dim as u32),
-    };
-    add_rows::<G, V, E::Fragment>(&mut dv_acc, others_v, target, value_dim);
-    store_rows::<F, V, E::Fragment>(dv, &dv_acc, target, value_dim);
+    store_sum::<F, G, V, E>(dv, others_v, &mut dv_acc, first_row, rows.len, value_dim);
 }
