@@ -71,6 +71,13 @@ fn compile_attention(client: &Client) {
                 );
             }
         }
+        // Weights of blocks: Hopper's forward has all shapes, with every number of warpgroups.
+        if matches!(case.head_dim, 64 | 128) && case.head_dim == case.value_dim {
+            let weights = vec![0.5; case.list_shape().iter().product()];
+            let mut firsts = case.run_soft(client, &inputs, &weights, &case.grad_out());
+            let (plans, _) = firsts.swap_remove(0);
+            println!("{} D={}: soft attention {plans}", case.dtype, case.head_dim);
+        }
         // The operations of both branches have many kernels of each shape: one shape will do.
         let rescaled = case.options.scale.is_some();
         if usual && case.head_dim == 128 && !rescaled {
@@ -123,7 +130,9 @@ fn compile_both_branches(client: &Client, attention: AttentionCase) {
                 println!("{} {linear:?}: backward of SLA {plan}", attention.dtype);
             }
             if combine != Combine::Sla {
-                SoftCase(case).run(client, &inputs, &grad_out);
+                for (plans, _) in SoftCase(case).run_all(client, &inputs, &grad_out) {
+                    println!("{}: soft masks {plans}", attention.dtype);
+                }
             }
         }
     }

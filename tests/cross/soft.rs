@@ -60,6 +60,112 @@ fn head_dimensions_and_blocks() {
     }
 }
 
+/// Weights of which some are 0 and some 1, whole rows among them.
+fn extreme_weights(case: &AttentionCase) -> Vec<f32> {
+    let [_, _, _, blocks] = case.list_shape();
+    let mut rng = Rng::new(case.seed ^ 0x0E1);
+    let mut weight = |at: usize| match (at / blocks % 5, at % 3) {
+        (0, _) => 0.0,
+        (1, _) => 1.0,
+        (_, 0) => f32::from(u8::from(rng.uniform() < 0.5)),
+        (2, _) => 1e-6 * rng.uniform() as f32,
+        _ => rng.uniform() as f32,
+    };
+    let len = case.list_shape().iter().product();
+    (0..len).map(&mut weight).collect()
+}
+
+/// Blocks that Hopper's engine takes and that it does not.
+fn engines_cases() -> Vec<AttentionCase> {
+    let case = |dim, block_q, block_k, key_len| AttentionCase {
+        query_heads: 4,
+        kv_heads: 2,
+        query_len: 3 * block_q - 30,
+        key_len,
+        head_dim: dim,
+        value_dim: dim,
+        options: AttentionOptions {
+            block_q,
+            block_k,
+            ..AttentionOptions::default()
+        },
+        ..AttentionCase::default()
+    };
+    vec![
+        case(64, 64, 64, 200),
+        // The last tile of the last block lies past the last key.
+        case(128, 128, 128, 310),
+        case(96, 64, 128, 450),
+        case(128, 128, 64, 250),
+        case(40, 64, 48, 150),
+    ]
+}
+
+#[test]
+fn extreme_weights_by_every_engine() {
+    let client = client();
+    for case in engines_cases() {
+        for dtype in dtypes(&client) {
+            for strided in [false, true] {
+                let case = AttentionCase {
+                    dtype,
+                    strided,
+                    ..case
+                };
+                case.check_soft(&client, &extreme_weights(&case));
+            }
+        }
+    }
+}
+
+/// Weights of 1 are dense attention; any other number for all blocks gives the same but for `L`.
+#[test]
+fn equal_weights_by_every_engine() {
+    let client = client();
+    let len = |case: &AttentionCase| case.list_shape().iter().product();
+    for case in engines_cases() {
+        for dtype in dtypes(&client) {
+            for weight in [1.0, 1e-20, 1e4] {
+                let case = AttentionCase { dtype, ..case };
+                case.check_soft(&client, &vec![weight; len(&case)]);
+            }
+        }
+    }
+}
+
+#[test]
+fn extreme_weights_under_masks() {
+    let client = client();
+    for causal in [Causal::TopLeft, Causal::BottomRight] {
+        for mut case in engines_cases() {
+            if case.head_dim % 64 != 0 {
+                continue; // Other widths have nothing of their own under a mask.
+            }
+            case.options.causal = causal;
+            for dtype in dtypes(&client) {
+                let case = AttentionCase { dtype, ..case };
+                // The gradient of a row's only visible block is 0, and what is left of its sum is
+                // divided by the weight: a tiny one would leave nothing but rounding errors.
+                let mut weights = extreme_weights(&case);
+                for weight in &mut weights {
+                    *weight = if *weight > 0.0 { weight.max(0.1) } else { 0.0 };
+                }
+                case.check_soft(&client, &weights);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_engine_in_both_branches() {
+    for attention in engines_cases() {
+        check(SlaCase {
+            attention,
+            ..SlaCase::default()
+        });
+    }
+}
+
 #[test]
 fn two_runs_are_bit_equal() {
     let client = client();
@@ -68,6 +174,14 @@ fn two_runs_are_bit_equal() {
         let (inputs, grad_out) = (case.0.inputs(), case.0.attention.grad_out());
         let run = || case.run(&client, &inputs, &grad_out);
         assert!(run() == run(), "{case:?}");
+        for case in engines_cases() {
+            let case = AttentionCase { dtype, ..case };
+            let (inputs, grad_out) = (case.inputs(), case.grad_out());
+            let weights = extreme_weights(&case);
+            let run = || case.run_soft(&client, &inputs, &weights, &grad_out);
+            // Gradients of weights are never NaN, so equality is that of bits but for signs of 0.
+            assert!(run() == run(), "{case:?}");
+        }
     }
 }
 

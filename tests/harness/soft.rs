@@ -1,14 +1,20 @@
 //! Soft masks, run on the device and through the reference.
 
-use cubesla::{Client, DType, SoftInputs, download, sla2_soft_backward, sla2_soft_forward, upload};
+use cubesla::plan::{BackwardPlan, ForwardPlan, SlaBackwardPlan};
+use cubesla::{
+    AttentionProblem, Client, DType, SoftInputs, download, sla2_soft_backward, sla2_soft_forward,
+    upload,
+};
+use cubesla_kernels::attention::{BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs};
+use cubesla_kernels::sla::{self as operations, CombinationGradients};
 use cubesla_reference::attention::Causal;
 use cubesla_reference::blocks::BlockWeights;
 use cubesla_reference::{Tensor, attention, linear, relative_error, sla};
 
-use crate::case::{Inputs, exact, wide};
+use crate::case::{Inputs, Poisoned, causal, exact, wide};
 use crate::sla::{SlaCase, poison, reference_phi};
 use crate::sla_backward::sum;
-use crate::{Rng, plain};
+use crate::{AttentionCase, Rng, plain};
 
 /// What a run returns, by name.
 const NAMES: [&str; 6] = ["out", "dq", "dk", "dv", "dweights", "dlogits"];
@@ -30,6 +36,40 @@ impl SoftCase {
     /// Runs forward and backward on the device: `O`, `dQ`, `dK`, `dV`, and the gradients of the
     /// weights and of the logits.
     pub fn run(&self, client: &Client, inputs: &Inputs, grad_out: &[f32]) -> Vec<Vec<f32>> {
+        self.run_by(client, inputs, grad_out, None)
+    }
+
+    /// The same with every engine that can: the library's choice first, then slower ones' plans.
+    pub fn run_all(
+        &self,
+        client: &Client,
+        inputs: &Inputs,
+        grad_out: &[f32],
+    ) -> Vec<(String, Vec<Vec<f32>>)> {
+        let case = &self.0.attention;
+        let ([q, k, v], _) = case.upload_inputs(client, inputs);
+        let problem = AttentionProblem::new(&q, &k, &v, &case.options).expect("a valid problem");
+        let forward = ForwardPlan::all(&problem, client.properties()).expect("a plan");
+        let backward = SlaBackwardPlan::all(&problem, client.properties()).expect("a plan");
+        let run = |at: usize| {
+            let plans = (
+                &forward[at.min(forward.len() - 1)],
+                &backward[at.min(backward.len() - 1)],
+            );
+            let by = (at > 0).then_some(plans);
+            let found = self.run_by(client, inputs, grad_out, by);
+            (format!("{}; backward {}", plans.0, plans.1), found)
+        };
+        (0..forward.len().max(backward.len())).map(run).collect()
+    }
+
+    fn run_by(
+        &self,
+        client: &Client,
+        inputs: &Inputs,
+        grad_out: &[f32],
+        plans: Option<(&ForwardPlan, &SlaBackwardPlan)>,
+    ) -> Vec<Vec<f32>> {
         let case = &self.0.attention;
         let ([q, k, v], _) = case.upload_inputs(client, inputs);
         let grad_out = case.upload(client, grad_out, case.out_shape());
@@ -49,28 +89,38 @@ impl SoftCase {
         };
         poison(client, case.q_shape().iter().product::<usize>() * 4);
         let (phi, options) = (self.0.phi, &case.options);
-        let forward = sla2_soft_forward(client, inputs, phi, options).expect("a valid call");
-        let grads = sla2_soft_backward(client, inputs, &forward.saved, &grad_out, phi, options)
-            .expect("a valid call");
-        let mut all: Vec<Vec<f32>> = [
-            &forward.out,
-            &grads.dq,
-            &grads.dk,
-            &grads.dv,
-            &grads.dweights,
-        ]
-        .map(|x| download(client, x).expect("the launch to succeed"))
-        .into();
-        all.push(download(client, &grads.dalpha_logit).expect("the launch to succeed"));
+        let (out, [dq, dk, dv, dweights], dlogit) = if let Some((forward, backward)) = plans {
+            let problem = AttentionProblem::new(&q, &k, &v, options).expect("a valid problem");
+            let (out, saved) = forward
+                .launch_soft(client, &problem, inputs, phi)
+                .expect("a valid launch");
+            let (grads, dweights) = backward
+                .launch_soft(client, &problem, inputs, phi, &saved, &grad_out)
+                .expect("a valid launch");
+            let CombinationGradients::Sla2 { alpha_logit } = grads.weights else {
+                unreachable!("soft masks are SLA2's");
+            };
+            let grads = grads.inputs;
+            (out, [grads.dq, grads.dk, grads.dv, dweights], alpha_logit)
+        } else {
+            let forward = sla2_soft_forward(client, inputs, phi, options).expect("a valid call");
+            let grads = sla2_soft_backward(client, inputs, &forward.saved, &grad_out, phi, options)
+                .expect("a valid call");
+            let of_inputs = [grads.dq, grads.dk, grads.dv, grads.dweights];
+            (forward.out, of_inputs, grads.dalpha_logit)
+        };
+        let mut all: Vec<Vec<f32>> = [out, dq, dk, dv, dweights]
+            .map(|x| download(client, &x).expect("the launch to succeed"))
+            .into();
+        all.push(download(client, &dlogit).expect("the launch to succeed"));
         all
     }
 
-    /// Runs the case and compares everything with the reference by the error rules.
+    /// Runs the case with every engine and compares everything with the reference by the error rules.
     pub fn check(&self, client: &Client) {
         let case = &self.0.attention;
         let inputs = self.0.inputs();
         let grad_out = case.grad_out();
-        let found = self.run(client, &inputs, &grad_out);
 
         let ([q, k, v], _) = case.reference_inputs(&inputs);
         let dout = exact(&grad_out, case.out_shape());
@@ -121,6 +171,7 @@ impl SoftCase {
             split.logits,
         ];
 
+        let mut bounds = Vec::new();
         for (at, name) in NAMES.into_iter().enumerate() {
             let plain = match name {
                 "dlogits" => plain[at].clone(),
@@ -135,11 +186,132 @@ impl SoftCase {
                 // Few numbers, each a sum that nearly cancels: twice the plain error is within chance.
                 bound *= 2.0;
             }
-            let error = relative_error(&wide(&found[at]), expected[at].data());
-            assert!(
-                error <= bound,
-                "{name}: {error:.2e} > {bound:.2e} in {self:?}"
-            );
+            bounds.push(bound);
+        }
+        for (by, found) in self.run_all(client, &inputs, &grad_out) {
+            for (at, name) in NAMES.into_iter().enumerate() {
+                let error = relative_error(&wide(&found[at]), expected[at].data());
+                let bound = bounds[at];
+                assert!(
+                    error <= bound,
+                    "{name}: {error:.2e} > {bound:.2e} by {by} in {self:?}"
+                );
+            }
+        }
+    }
+}
+
+/// What soft attention returns.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SoftAttention {
+    /// `O`.
+    pub out: Vec<f32>,
+    /// `L`.
+    pub lse: Vec<f32>,
+    /// `dQ`, `dK`, `dV` and `dm`.
+    pub grads: [Vec<f32>; 4],
+}
+
+impl AttentionCase {
+    /// Runs soft attention with `weights` and its backward, with every engine that can, into poisoned,
+    /// guarded outputs. Engines whose forwards and backwards are of one place in the plans' order are
+    /// run together.
+    pub fn run_soft(
+        &self,
+        client: &Client,
+        inputs: &Inputs,
+        weights: &[f32],
+        grad_out: &[f32],
+    ) -> Vec<(String, SoftAttention)> {
+        let ([q, k, v], _) = self.upload_inputs(client, inputs);
+        let grad_out = self.upload(client, grad_out, self.out_shape());
+        let weights = upload(client, weights, self.list_shape(), DType::F32).expect("weights");
+        let problem = AttentionProblem::new(&q, &k, &v, &self.options).expect("a valid problem");
+        let forwards = ForwardPlan::all(&problem, client.properties()).expect("a plan");
+        let backwards = BackwardPlan::all(&problem, client.properties()).expect("a plan");
+        let run = |at: usize| {
+            let forward = &forwards[at.min(forwards.len() - 1)];
+            let backward = &backwards[at.min(backwards.len() - 1)];
+            let launch = |inputs: ForwardInputs<'_>, outputs: ForwardOutputs<'_>| {
+                forward.launch_weighted(client, &problem, inputs, Some(&weights), outputs)
+            };
+            let tensors = [&q, &k, &v];
+            poison(client, problem.out_shape().iter().product::<usize>() * 4);
+            let (out, lse) =
+                operations::soft_attention(client, &problem, tensors, &weights, launch)
+                    .expect("a valid launch");
+            let [dq, dk, dv] = tensors.map(|x| Poisoned::new(client, x.shape(), self.dtype));
+            let launch = |inputs: BackwardInputs<'_>, grad: &_| {
+                let outputs = BackwardOutputs {
+                    dq: &dq.tensor,
+                    dk: &dk.tensor,
+                    dv: &dv.tensor,
+                };
+                let weights = Some([&weights, grad]);
+                backward.launch_weighted(client, &problem, inputs, weights, outputs)
+            };
+            let ((), dweights) = operations::soft_attention_backward(
+                client,
+                &problem,
+                tensors,
+                &weights,
+                [&out, &grad_out],
+                &lse,
+                launch,
+            )
+            .expect("a valid launch");
+            let [dq, dk, dv] = [dq, dk, dv].map(|x| x.read(client));
+            let found = SoftAttention {
+                out: download(client, &out).expect("the launch to succeed"),
+                lse: download(client, &lse).expect("the launch to succeed"),
+                grads: [
+                    dq,
+                    dk,
+                    dv,
+                    download(client, &dweights).expect("the launch to succeed"),
+                ],
+            };
+            (format!("{forward}; backward {backward}"), found)
+        };
+        (0..forwards.len().max(backwards.len())).map(run).collect()
+    }
+
+    /// Runs soft attention with every engine and compares everything with the reference by the error
+    /// rules.
+    pub fn check_soft(&self, client: &Client, values: &[f32]) {
+        let (inputs, grad_out, dtype) = (self.inputs(), self.grad_out(), self.dtype);
+        let ([q, k, v], list) = self.reference_inputs(&inputs);
+        let m = BlockWeights {
+            weights: exact(values, self.list_shape()),
+            ..list
+        };
+        let (scale, mask) = (self.scale(), causal(self.options.causal));
+        let dout = exact(&grad_out, self.out_shape());
+        let forward = attention::forward(&q, &k, &v, &m, scale, mask);
+        let grads = attention::backward(&q, &k, &v, &m, scale, mask, &forward, &dout);
+        let expected = [grads.dq, grads.dk, grads.dv, grads.dweights];
+        let plain = plain::attention(&q, &k, &v, &m, scale, mask, dtype);
+        let out_bound = plain::bound(&plain, &forward.out, dtype);
+        let plain = plain::attention_backward(&q, &k, &v, &m, scale, mask, &dout, dtype);
+        for (by, found) in self.run_soft(client, &inputs, values, &grad_out) {
+            let judge = |name: &str, found: &[f32], expected: &Tensor, bound: f64| {
+                let error = relative_error(&wide(found), expected.data());
+                assert!(
+                    error <= bound,
+                    "{name}: {error:.2e} > {bound:.2e} by {by} in {self:?}"
+                );
+            };
+            judge("out", &found.out, &forward.out, out_bound);
+            let error = relative_error(&wide(&found.lse), forward.lse.data());
+            assert!(error <= 1e-5, "lse: {error:.2e} by {by} in {self:?}");
+            for (at, name) in ["dq", "dk", "dv", "dweights"].into_iter().enumerate() {
+                let mut bound = plain::gradient_bound(&plain[at], &expected[at], dtype);
+                if name == "dweights" {
+                    // As in `SoftCase::check`.
+                    bound *= 2.0;
+                }
+                judge(name, &found.grads[at], &expected[at], bound);
+            }
         }
     }
 }

@@ -23,8 +23,9 @@ use cubesla_kernels::attention::{self, BackwardInputs, BackwardOutputs, LowBitFo
 use cubesla_kernels::linear::{FeatureMap, Gradients};
 use cubesla_kernels::sla::{
     self, Combination, LinearMode, Precision, SlaBackward, SlaGradients, SlaInputs, SlaOutput,
+    SlaSaved, SoftInputs,
 };
-use cubesla_kernels::{AttentionProblem, DType, ProblemError};
+use cubesla_kernels::{AttentionProblem, DType, DeviceTensor, ProblemError};
 
 /// How block-sparse attention's forward is run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,17 +141,56 @@ impl ForwardPlan {
         inputs: ForwardInputs<'_>,
         outputs: ForwardOutputs<'_>,
     ) -> Result<(), ProblemError> {
+        self.launch_weighted(client, problem, inputs, None, outputs)
+    }
+
+    /// The same with a weight for every block of the list, if there are `weights`: see
+    /// [`launch_forward_weighted`](attention::launch_forward_weighted).
+    ///
+    /// # Errors
+    /// A [`ProblemError`] that names the argument at fault.
+    pub fn launch_weighted(
+        &self,
+        client: &Client,
+        problem: &AttentionProblem,
+        inputs: ForwardInputs<'_>,
+        weights: Option<&DeviceTensor<4>>,
+        outputs: ForwardOutputs<'_>,
+    ) -> Result<(), ProblemError> {
         match &self.engine {
             #[cfg(feature = "cuda")]
             ForwardEngine::Wgmma(plan) => {
                 attention::check_forward(client, problem, &inputs, &outputs)?;
-                cubesla_cuda::forward::launch_forward_wgmma(client, problem, plan, inputs, outputs);
+                if let Some(weights) = weights {
+                    cubesla_kernels::block_list::expect_weights(problem, weights)?;
+                }
+                cubesla_cuda::forward::launch_forward_wgmma(
+                    client, problem, plan, inputs, weights, outputs,
+                );
                 Ok(())
             }
             ForwardEngine::Tile(plan) => {
-                attention::launch_forward(client, problem, plan, inputs, outputs)
+                attention::launch_forward_weighted(client, problem, plan, inputs, weights, outputs)
             }
         }
+    }
+
+    /// Runs the first stage of SLA2 with the plan for its sparse branch; the portable kernels of the
+    /// linear branch choose their own tiles. No result is returned if an argument is refused.
+    ///
+    /// # Errors
+    /// A [`ProblemError`] that names the argument at fault.
+    pub fn launch_soft(
+        &self,
+        client: &Client,
+        problem: &AttentionProblem,
+        inputs: SoftInputs<'_>,
+        phi: FeatureMap,
+    ) -> Result<(DeviceTensor<4>, SlaSaved), ProblemError> {
+        let weights = inputs.weights;
+        sla::soft_forward(client, problem, inputs, phi, |inputs, outputs| {
+            self.launch_weighted(client, problem, inputs, Some(weights), outputs)
+        })
     }
 }
 
@@ -415,19 +455,56 @@ impl BackwardPlan {
         inputs: BackwardInputs<'_>,
         outputs: BackwardOutputs<'_>,
     ) -> Result<(), ProblemError> {
+        self.launch_weighted(client, problem, inputs, None, outputs)
+    }
+
+    /// The same with a weight for every block of the list, if there are `weights`, and where their
+    /// gradients go: see [`launch_backward_weighted`](attention::launch_backward_weighted).
+    ///
+    /// # Errors
+    /// A [`ProblemError`] that names the argument at fault.
+    pub fn launch_weighted(
+        &self,
+        client: &Client,
+        problem: &AttentionProblem,
+        inputs: BackwardInputs<'_>,
+        weights: Option<[&DeviceTensor<4>; 2]>,
+        outputs: BackwardOutputs<'_>,
+    ) -> Result<(), ProblemError> {
+        use attention::launch_backward_weighted;
         match self {
             #[cfg(feature = "cuda")]
             Self::Wgmma(plan) => {
                 use cubesla_cuda::backward::{WgmmaBackwardPlan, launch_backward_wgmma};
                 attention::check_backward(client, problem, &inputs, &outputs)?;
+                for weights in weights.into_iter().flatten() {
+                    cubesla_kernels::block_list::expect_weights(problem, weights)?;
+                }
                 if WgmmaBackwardPlan::takes(&inputs, &outputs) {
-                    return launch_backward_wgmma(client, problem, plan, inputs, outputs);
+                    return launch_backward_wgmma(client, problem, plan, inputs, weights, outputs);
                 }
                 let plan = attention::BackwardPlan::new(problem, client.properties())?;
-                attention::launch_backward(client, problem, &plan, inputs, outputs)
+                launch_backward_weighted(client, problem, &plan, inputs, weights, outputs)
             }
-            Self::Tile(plan) => attention::launch_backward(client, problem, plan, inputs, outputs),
+            Self::Tile(plan) => {
+                launch_backward_weighted(client, problem, plan, inputs, weights, outputs)
+            }
         }
+    }
+
+    /// Buffers for the gradients of the sparse branch: f32, but for those of `wgmma`, which writes the
+    /// inputs' type where it can read the output's gradient.
+    fn branch_gradients(
+        &self,
+        client: &Client,
+        inputs: &BackwardInputs<'_>,
+    ) -> Result<Gradients, ProblemError> {
+        let dtype = match self {
+            #[cfg(feature = "cuda")]
+            Self::Wgmma(_) if inputs.grad_out.is_aligned() => inputs.q.dtype(),
+            _ => DType::F32,
+        };
+        Gradients::empty(client, [inputs.q, inputs.k, inputs.v], dtype)
     }
 }
 
@@ -441,7 +518,7 @@ impl fmt::Display for BackwardPlan {
     }
 }
 
-/// How the backward of SLA and SLA2 is run.
+/// How the backward of SLA and SLA2 is run, and of SLA2's first stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlaBackwardPlan {
     /// Of the sparse branch; the portable kernels of the linear branch choose their own tiles.
@@ -502,17 +579,37 @@ impl SlaBackwardPlan {
         given: SlaBackward<'_>,
     ) -> Result<SlaGradients, ProblemError> {
         let sparse_branch = |inputs: BackwardInputs<'_>| {
-            let dtype = match self.sparse {
-                #[cfg(feature = "cuda")]
-                BackwardPlan::Wgmma(_) if inputs.grad_out.is_aligned() => problem.dtype(),
-                _ => DType::F32,
-            };
-            let grads = Gradients::empty(client, [inputs.q, inputs.k, inputs.v], dtype)?;
+            let grads = self.sparse.branch_gradients(client, &inputs)?;
             self.sparse
                 .launch(client, problem, inputs, grads.outputs())?;
             Ok(grads)
         };
         sla::sla_backward(client, problem, inputs, given, sparse_branch)
+    }
+
+    /// Runs the backward of [`ForwardPlan::launch_soft`], with types and sums as [`launch`](Self::launch)
+    /// has them: the gradients, and that of the weights, f32 `[B, Hq, M, N]`.
+    ///
+    /// # Errors
+    /// A [`ProblemError`] that names the argument at fault.
+    pub fn launch_soft(
+        &self,
+        client: &Client,
+        problem: &AttentionProblem,
+        inputs: SoftInputs<'_>,
+        phi: FeatureMap,
+        saved: &SlaSaved,
+        grad_out: &DeviceTensor<4>,
+    ) -> Result<(SlaGradients, DeviceTensor<4>), ProblemError> {
+        let weights = inputs.weights;
+        let sparse_branch = |inputs: BackwardInputs<'_>, grad: &DeviceTensor<4>| {
+            let grads = self.sparse.branch_gradients(client, &inputs)?;
+            let weights = Some([weights, grad]);
+            self.sparse
+                .launch_weighted(client, problem, inputs, weights, grads.outputs())?;
+            Ok(grads)
+        };
+        sla::soft_backward(client, problem, inputs, phi, saved, grad_out, sparse_branch)
     }
 }
 

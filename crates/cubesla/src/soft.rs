@@ -1,7 +1,7 @@
 //! SLA2's first training stage: soft masks, and the router that learns from them.
 
 use cubecl::client::Client;
-use cubesla_kernels::attention::BackwardOutputs;
+use cubesla_kernels::attention::{BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs};
 use cubesla_kernels::linear::FeatureMap;
 use cubesla_kernels::router::{self, RouterGradients, RouterWeights};
 use cubesla_kernels::sla::{self, CombinationGradients, SlaSaved, SoftInputs};
@@ -9,6 +9,7 @@ use cubesla_kernels::{AttentionOptions, AttentionProblem, DeviceTensor};
 
 use crate::Error;
 use crate::attention::AttentionOutput;
+use crate::plan::{BackwardPlan, ForwardPlan, SlaBackwardPlan};
 
 /// Softmax attention over all blocks, each with a weight:
 /// `P = m exp(S) / sum m exp(S)`, `O = P V`, `L = ln sum m exp(S)`.
@@ -36,7 +37,11 @@ pub fn soft_attention(
     options: &AttentionOptions,
 ) -> Result<AttentionOutput, Error> {
     let problem = AttentionProblem::new(q, k, v, options)?;
-    let (out, lse) = sla::soft_attention(client, &problem, [q, k, v], weights)?;
+    let plan = ForwardPlan::new(&problem, client.properties())?;
+    let launch = |inputs: ForwardInputs<'_>, outputs: ForwardOutputs<'_>| {
+        plan.launch_weighted(client, &problem, inputs, Some(weights), outputs)
+    };
+    let (out, lse) = sla::soft_attention(client, &problem, [q, k, v], weights, launch)?;
     Ok(AttentionOutput { out, lse })
 }
 
@@ -73,19 +78,24 @@ pub fn soft_attention_backward(
 ) -> Result<SoftAttentionGradients, Error> {
     let problem = AttentionProblem::new(q, k, v, options)?;
     let [dq, dk, dv] = [q, k, v].map(|x| DeviceTensor::empty(client, x.shape(), x.dtype()));
+    let plan = BackwardPlan::new(&problem, client.properties())?;
+    let launch = |inputs: BackwardInputs<'_>, grad: &DeviceTensor<4>| {
+        let outputs = BackwardOutputs {
+            dq: &dq,
+            dk: &dk,
+            dv: &dv,
+        };
+        plan.launch_weighted(client, &problem, inputs, Some([weights, grad]), outputs)
+    };
     let AttentionOutput { out, lse } = forward;
-    let dweights = sla::soft_attention_backward(
+    let ((), dweights) = sla::soft_attention_backward(
         client,
         &problem,
         [q, k, v],
         weights,
         [out, grad_out],
         lse,
-        BackwardOutputs {
-            dq: &dq,
-            dk: &dk,
-            dv: &dv,
-        },
+        launch,
     )?;
     Ok(SoftAttentionGradients {
         dq,
@@ -122,7 +132,8 @@ pub fn sla2_soft_forward(
     options: &AttentionOptions,
 ) -> Result<Sla2SoftOutput, Error> {
     let problem = AttentionProblem::new(inputs.q, inputs.k, inputs.v, options)?;
-    let (out, saved) = sla::soft_forward(client, &problem, inputs, phi)?;
+    let plan = ForwardPlan::new(&problem, client.properties())?;
+    let (out, saved) = plan.launch_soft(client, &problem, inputs, phi)?;
     Ok(Sla2SoftOutput { out, saved })
 }
 
@@ -142,7 +153,8 @@ pub struct Sla2SoftGradients {
 }
 
 /// Gradients of [`sla2_soft_forward`] for the incoming gradient `grad_out [B, Hq, Lq, Dv]`, of any
-/// strides and the inputs' type; `saved` is what it returned. Two runs give the same bits.
+/// strides and the inputs' type; `saved` is what it returned. Two runs give the same bits. Those of the
+/// branches are added and rounded as in [`sla_backward`](crate::sla_backward).
 ///
 /// # Errors
 /// [`Error::Problem`] if an argument is refused; no result is returned then. A device that fails says
@@ -156,7 +168,8 @@ pub fn sla2_soft_backward(
     options: &AttentionOptions,
 ) -> Result<Sla2SoftGradients, Error> {
     let problem = AttentionProblem::new(inputs.q, inputs.k, inputs.v, options)?;
-    let (grads, dweights) = sla::soft_backward(client, &problem, inputs, phi, saved, grad_out)?;
+    let plan = SlaBackwardPlan::new(&problem, client.properties())?;
+    let (grads, dweights) = plan.launch_soft(client, &problem, inputs, phi, saved, grad_out)?;
     let CombinationGradients::Sla2 { alpha_logit } = grads.weights else {
         unreachable!("soft masks are SLA2's");
     };

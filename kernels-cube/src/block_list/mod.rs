@@ -15,8 +15,8 @@ pub use inverse::InverseBlockList;
 pub use inverse_view::{InverseListView, InverseListViewLaunch, QueryWalk};
 pub use view::{BlockListView, BlockListViewLaunch, BlockRow, KeyWalk};
 pub use walk::{Span, Walk, WalkExpand};
-pub use weights::{BlockWeightsView, BlockWeightsViewLaunch};
-pub(crate) use weights::{expect_scores, expect_weights, weights_arg};
+pub(crate) use weights::expect_scores;
+pub use weights::{BlockWeightsView, BlockWeightsViewLaunch, expect_weights, weights_arg};
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;

@@ -27,7 +27,7 @@ impl BlockWeightsView {
 }
 
 /// `weights` as kernels take them; without weights an argument that they do not read.
-pub(crate) fn weights_arg(
+pub fn weights_arg(
     weights: Option<&DeviceTensor<4>>,
     list: &BlockList,
 ) -> RuntimeArg<BlockWeightsView> {
@@ -44,7 +44,10 @@ pub(crate) fn weights_arg(
 }
 
 /// An error unless `weights` are contiguous f32 `[B, Hq, M, N]`.
-pub(crate) fn expect_weights(
+///
+/// # Errors
+/// A [`ProblemError`] that says what they are instead.
+pub fn expect_weights(
     problem: &AttentionProblem,
     weights: &DeviceTensor<4>,
 ) -> Result<(), ProblemError> {

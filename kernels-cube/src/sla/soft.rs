@@ -11,10 +11,7 @@ use cubecl::prelude::*;
 
 use super::backward::{BranchGradients, split};
 use super::{Combination, SlaGradients, SlaInputs, SlaSaved, check_sla, logit_strides};
-use crate::attention::{
-    BackwardInputs, BackwardOutputs, BackwardPlan, ForwardInputs, ForwardOutputs, ForwardPlan,
-    launch_backward_weighted, launch_forward_weighted,
-};
+use crate::attention::{BackwardInputs, ForwardInputs, ForwardOutputs};
 use crate::block_list::expect_weights;
 use crate::limits::line_grid;
 use crate::linear::{
@@ -64,18 +61,9 @@ impl<'a> SoftInputs<'a> {
     }
 }
 
-/// The fastest plan of the portable engines.
-fn forward_plan(client: &Client, problem: &AttentionProblem) -> Result<ForwardPlan, ProblemError> {
-    let device = client.properties();
-    ForwardPlan::mma(problem, device)
-        .or_else(|_| ForwardPlan::simt(problem, device))
-        .map_err(|reason| ProblemError::NoPlan {
-            device: device.identity.name.clone(),
-            reason: reason.into(),
-        })
-}
-
-/// Softmax attention with a weight for every block, and its log-sum-exp.
+/// Softmax attention with a weight for every block, and its log-sum-exp. `launch` computes them as
+/// [`launch_forward_weighted`](crate::attention::launch_forward_weighted) does, for a list of all
+/// blocks; its error is returned.
 ///
 /// # Errors
 /// A [`ProblemError`] that names the argument at fault.
@@ -84,26 +72,22 @@ pub fn soft_attention(
     problem: &AttentionProblem,
     [q, k, v]: [&DeviceTensor<4>; 3],
     weights: &DeviceTensor<4>,
+    launch: impl FnOnce(ForwardInputs<'_>, ForwardOutputs<'_>) -> Result<(), ProblemError>,
 ) -> Result<(DeviceTensor<4>, DeviceTensor<3>), ProblemError> {
     expect_weights(problem, weights)?;
     let list = &BlockList::dense(client, weights.shape())?;
     let out = DeviceTensor::empty(client, problem.out_shape(), problem.dtype());
     let lse = DeviceTensor::empty(client, problem.lse_shape(), DType::F32);
-    launch_forward_weighted(
-        client,
-        problem,
-        &forward_plan(client, problem)?,
-        ForwardInputs { q, k, v, list },
-        Some(weights),
-        ForwardOutputs {
-            out: &out,
-            lse: &lse,
-        },
-    )?;
+    let outputs = ForwardOutputs {
+        out: &out,
+        lse: &lse,
+    };
+    launch(ForwardInputs { q, k, v, list }, outputs)?;
     Ok((out, lse))
 }
 
-/// The forward of the first stage: `O`, and what its backward needs.
+/// The forward of the first stage: `O`, and what its backward needs. `sparse_branch` is what
+/// [`soft_attention`] launches.
 ///
 /// # Errors
 /// A [`ProblemError`] that names the argument at fault.
@@ -112,12 +96,13 @@ pub fn soft_forward(
     problem: &AttentionProblem,
     inputs: SoftInputs<'_>,
     phi: FeatureMap,
+    sparse_branch: impl FnOnce(ForwardInputs<'_>, ForwardOutputs<'_>) -> Result<(), ProblemError>,
 ) -> Result<(DeviceTensor<4>, SlaSaved), ProblemError> {
     let list = inputs.check(client, problem)?;
     let SoftInputs {
         q, k, v, weights, ..
     } = inputs;
-    let (sparse, lse) = soft_attention(client, problem, [q, k, v], weights)?;
+    let (sparse, lse) = soft_attention(client, problem, [q, k, v], weights, sparse_branch)?;
     let linear = weighted_output(client, problem, [q, k, v], &list, weights, phi)?;
     let out = DeviceTensor::empty(client, problem.out_shape(), problem.dtype());
     let units = 256;
@@ -187,20 +172,24 @@ fn mix_kernel<F: Float>(
     }
 }
 
-/// Gradients of [`soft_attention`] for its output `out` and the gradient `grad_out` of that: of `q`,
-/// `k` and `v` into `outputs`, and of the weights, returned.
+/// Gradients of [`soft_attention`] for its output `out` and the gradient `grad_out` of that: `launch`'s
+/// result, and the gradient of the weights.
+///
+/// `launch` computes the gradients as
+/// [`launch_backward_weighted`](crate::attention::launch_backward_weighted) does, for a list of all
+/// blocks, that of the weights into the tensor that it is given; its error is returned.
 ///
 /// # Errors
 /// A [`ProblemError`] that names the argument at fault.
-pub fn soft_attention_backward(
+pub fn soft_attention_backward<T>(
     client: &Client,
     problem: &AttentionProblem,
     [q, k, v]: [&DeviceTensor<4>; 3],
     weights: &DeviceTensor<4>,
     [out, grad_out]: [&DeviceTensor<4>; 2],
     lse: &DeviceTensor<3>,
-    outputs: BackwardOutputs<'_>,
-) -> Result<DeviceTensor<4>, ProblemError> {
+    launch: impl FnOnce(BackwardInputs<'_>, &DeviceTensor<4>) -> Result<T, ProblemError>,
+) -> Result<(T, DeviceTensor<4>), ProblemError> {
     expect_weights(problem, weights)?;
     let list = &BlockList::dense(client, weights.shape())?;
     let inputs = BackwardInputs {
@@ -212,20 +201,13 @@ pub fn soft_attention_backward(
         grad_out,
         list,
     };
-    let plan = BackwardPlan::new(problem, client.properties())?;
     let grad = DeviceTensor::empty(client, weights.shape(), DType::F32);
-    launch_backward_weighted(
-        client,
-        problem,
-        &plan,
-        inputs,
-        Some([weights, &grad]),
-        outputs,
-    )?;
-    Ok(grad)
+    Ok((launch(inputs, &grad)?, grad))
 }
 
-/// Gradients of [`soft_forward`], with that of the weights, f32 `[B, Hq, M, N]`.
+/// Gradients of [`soft_forward`], with that of the weights, f32 `[B, Hq, M, N]`. `sparse_branch` is what
+/// [`soft_attention_backward`] launches; it computes gradients in f32 or in the inputs' type, to which
+/// those of the linear branch are added in f32.
 ///
 /// # Errors
 /// A [`ProblemError`] that names the argument at fault.
@@ -236,8 +218,8 @@ pub fn soft_backward(
     phi: FeatureMap,
     saved: &SlaSaved,
     grad_out: &DeviceTensor<4>,
+    sparse_branch: impl FnOnce(BackwardInputs<'_>, &DeviceTensor<4>) -> Result<Gradients, ProblemError>,
 ) -> Result<(SlaGradients, DeviceTensor<4>), ProblemError> {
-    BackwardPlan::new(problem, client.properties())?;
     let list = inputs.check(client, problem)?;
     saved.check(problem, grad_out)?;
     let SoftInputs {
@@ -248,15 +230,14 @@ pub fn soft_backward(
         linear,
         weights: logits,
     } = split(client, problem, inputs.alpha_logit, saved, grad_out)?;
-    let sums = Gradients::empty(client, [q, k, v], DType::F32)?;
-    let grad = soft_attention_backward(
+    let (others, grad) = soft_attention_backward(
         client,
         problem,
         [q, k, v],
         weights,
         [&saved.sparse, &sparse],
         &saved.lse,
-        sums.outputs(),
+        sparse_branch,
     )?;
     let linear = LinearInputs {
         q,
@@ -269,7 +250,7 @@ pub fn soft_backward(
         weights: Some([weights, &grad]),
     };
     let grads = SlaGradients {
-        inputs: linear_gradients(client, problem, linear, phi, &sums)?,
+        inputs: linear_gradients(client, problem, linear, phi, &others)?,
         weights: logits,
     };
     Ok((grads, grad))

@@ -6,8 +6,9 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
-use cubesla_kernels::block_list::InverseListView;
+use cubesla_kernels::block_list::{BlockWeightsView, InverseListView};
 
+use super::query::weighted_lse;
 use super::walk::Walk;
 use crate::forward::config::{Place, tile_bytes};
 use crate::forward::epilogue::stage_group;
@@ -28,6 +29,8 @@ pub(crate) struct KeyConfig {
     pub query_stages: usize,
     /// Their output gradients in flight.
     pub grad_stages: usize,
+    /// Whether blocks have weights.
+    pub weighted: bool,
 }
 
 impl KeyConfig {
@@ -43,9 +46,9 @@ impl KeyConfig {
         128 * self.consumers as u32
     }
 
-    /// As for the forward; both accumulators are the consumers'.
+    /// As for the forward; both accumulators are the consumers', and 24 are too few for the producers.
     fn registers(&self) -> Option<(u32, u32)> {
-        (self.consumers == 2 && self.dim > 64).then_some((24, 240))
+        (self.consumers == 2 && self.dim > 64).then_some((40, 232))
     }
 
     pub fn products(&self) -> Products {
@@ -126,8 +129,9 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
     dk: &TensorMap<F, Tiled>,       // [B, Hkv, Lk, D]
     dv: &TensorMap<F, Tiled>,       // [B, Hkv, Lk, D]
     inverse: &InverseListView,
-    lse: &[f32],   // [B, Hq, Lq]
-    delta: &[f32], // [B, Hq, Lq]
+    weights: &BlockWeightsView, // [B, Hq, M, N], not read if blocks have none
+    lse: &[f32],                // [B, Hq, Lq]
+    delta: &[f32],              // [B, Hq, Lq]
     scalars: KeyScalars,
     #[comptime] config: KeyConfig,
     #[define(F)] _dtype: ElemType,
@@ -227,11 +231,17 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
                     batch: CUBE_POS_Z,
                 };
                 for at in 0..row.count {
-                    let first = inverse.query_block(row, at) * comptime!(rows as u32);
+                    let query_block = inverse.query_block(row, at);
+                    let first = query_block * comptime!(rows as u32);
                     let full = memory.query_full(place.stage);
                     barrier::wait(memory.query_empty(place.stage), place.parity ^ 1);
                     if warp == 1 {
                         let start = head_index * scalars.query_len;
+                        let mut bias = f32::new(0.0);
+                        if config.weighted {
+                            let weight = weights.at(head_index as usize, query_block, key_block);
+                            bias = math::log2(weight);
+                        }
                         #[unroll]
                         for step in 0..comptime!(rows / 32) {
                             let own = comptime!(step as u32 * 32) + UNIT_POS % 32;
@@ -243,6 +253,9 @@ pub(crate) fn key_gradients_wgmma<F: Float>(
                                 let at = (start + query) as usize;
                                 row_lse = lse[at] * std::f32::consts::LOG2_E;
                                 row_delta = delta[at];
+                            }
+                            if config.weighted {
+                                row_lse = weighted_lse(row_lse, bias);
                             }
                             let to = (place.stage * comptime!(2 * rows as u32) + own) as usize;
                             statistics[to] = row_lse;
@@ -352,8 +365,8 @@ fn stage_sums(ring: &Shared<[f32]>, memory: KeyMemory, scale: f32, #[comptime] c
             dv_words.insert(i, math::pack(v0, v1, format));
             dk_words.insert(i, math::pack(k0 * scale, k1 * scale, format));
         }
-        stage_group(memory.values, dv_words, group);
-        stage_group(memory.keys, dk_words, group);
+        stage_group(memory.values, UNIT_POS, dv_words, group);
+        stage_group(memory.keys, UNIT_POS, dk_words, group);
     }
 }
 

@@ -1,23 +1,28 @@
 //! The backward of block-sparse attention on Hopper.
 //!
 //! Supported: f16 and bf16; D = Dv up to 128, with query blocks of 128 rows not from 33 to 63; query
-//! blocks of 64 or 128 rows, key blocks of 64 or 128;
-//! grouped heads; any lengths; gradients in the inputs' type; inputs whose rows are contiguous and
+//! blocks of 64 or 128 rows, key blocks of 64 or 128; grouped heads; any lengths; weights of blocks,
+//! with their gradient; gradients in the inputs' type; inputs whose rows are contiguous and
 //! 16-byte aligned.
 //! Rejected by [`WgmmaBackwardPlan::new`], with the reason; the portable engines take those problems.
 
 mod key;
 mod query;
 mod walk;
+mod weight;
 
 use std::fmt;
 
 use cubecl::ir::DeviceProperties;
 use cubecl::prelude::*;
 use cubesla_kernels::attention::{BackwardInputs, BackwardOutputs, row_dots};
-use cubesla_kernels::{AttentionProblem, Causal, DType, InverseBlockList, ProblemError};
+use cubesla_kernels::block_list::weights_arg;
+use cubesla_kernels::{
+    AttentionProblem, Causal, DType, DeviceTensor, InverseBlockList, ProblemError,
+};
 use key::{KeyConfig, KeyScalarsLaunch, key_gradients_wgmma};
 use query::query_gradients_wgmma;
+use weight::weight_gradients;
 
 use crate::forward::config::WgmmaTile;
 use crate::forward::kernel::{ForwardConfig, ForwardScalarsLaunch};
@@ -81,6 +86,7 @@ impl WgmmaBackwardPlan {
                 block_k: problem.block_k(),
                 query_stages: 3,
                 grad_stages: 2,
+                weighted: false,
             },
         })
     }
@@ -114,28 +120,56 @@ impl fmt::Display for WgmmaBackwardPlan {
     }
 }
 
-/// Computes the gradients as `plan` says. The caller has checked the arguments against `problem`, and
-/// that the plan [takes](WgmmaBackwardPlan::takes) them.
+/// An error unless `len` sums fit a buffer, and 32 bits count them.
+fn expect_sums(client: &Client, len: usize) -> Result<(), ProblemError> {
+    let bytes = len * DType::F32.size();
+    let limit = (client.properties().memory.max_page_size as usize).min(u32::MAX as usize * 4);
+    if bytes <= limit {
+        return Ok(());
+    }
+    Err(ProblemError::BufferTooLarge {
+        what: "the sums of the weights' gradient",
+        bytes,
+        limit,
+    })
+}
+
+/// Computes the gradients as `plan` says, with `weights` of blocks those of
+/// [`launch_backward_weighted`](cubesla_kernels::attention::launch_backward_weighted): the weights, and
+/// where their gradients go. The caller has checked the arguments against `problem`, and that the plan
+/// [takes](WgmmaBackwardPlan::takes) them.
 ///
 /// # Errors
-/// A [`ProblemError`] if the inverse list does not fit the device.
+/// A [`ProblemError`] if the inverse list, or what the weights' gradient is summed from, does not fit the
+/// device.
 pub fn launch_backward_wgmma(
     client: &Client,
     problem: &AttentionProblem,
     plan: &WgmmaBackwardPlan,
     inputs: BackwardInputs<'_>,
+    weights: Option<[&DeviceTensor<4>; 2]>,
     outputs: BackwardOutputs<'_>,
 ) -> Result<(), ProblemError> {
-    let inverse = InverseBlockList::new(client, inputs.list)?;
-    let delta = row_dots(client, inputs.out, inputs.grad_out)?;
     let BackwardInputs {
         q, k, v, grad_out, ..
     } = inputs;
-    let (tile, key) = (plan.tile, plan.key);
+    let (tile, mut key) = (plan.tile, plan.key);
+    key.weighted = weights.is_some();
     let dtype = problem.dtype().elem_type();
     let heads = problem.query_heads();
     let group = heads / problem.kv_heads();
     let items = problem.batch() * heads * problem.query_blocks();
+    // Of each warp and tile of a pair of blocks.
+    let parts = 4 * tile.consumers * (problem.block_k() / tile.keys);
+    let pairs = if weights.is_some() {
+        items * problem.key_blocks()
+    } else {
+        0
+    };
+    expect_sums(client, pairs * parts)?;
+    let inverse = InverseBlockList::new(client, inputs.list)?;
+    let delta = row_dots(client, inputs.out, inputs.grad_out)?;
+    let sums = DeviceTensor::empty(client, [(pairs * parts).max(1)], DType::F32);
     // SAFETY: bulk copies stay inside the tensors by themselves; lists hold valid blocks; statistics
     // are read for rows below `query_len` only.
     unsafe {
@@ -150,8 +184,10 @@ pub fn launch_backward_wgmma(
             tensor_map(grad_out, tile.rows()),
             tensor_map(outputs.dq, 64),
             inputs.list.launch_arg(),
+            weights_arg(weights.map(|[weights, _]| weights), inputs.list),
             inputs.lse.buffer_arg(),
             delta.buffer_arg(),
+            sums.buffer_arg(),
             ForwardScalarsLaunch::new(
                 items as u32,
                 heads as u32,
@@ -165,6 +201,7 @@ pub fn launch_backward_wgmma(
                 tile,
                 block_k: problem.block_k(),
                 causal: false,
+                weighted: weights.is_some(),
             },
             dtype,
         );
@@ -184,6 +221,7 @@ pub fn launch_backward_wgmma(
             tensor_map(outputs.dk, 64),
             tensor_map(outputs.dv, 64),
             inverse.launch_arg(),
+            weights_arg(weights.map(|[weights, _]| weights), inputs.list),
             inputs.lse.buffer_arg(),
             delta.buffer_arg(),
             KeyScalarsLaunch::new(
@@ -195,6 +233,20 @@ pub fn launch_backward_wgmma(
             key,
             dtype,
         );
+        if let Some([weights, grad]) = weights {
+            let entries = items * inputs.list.width();
+            weight_gradients::launch_unchecked(
+                client,
+                CubeCount::Static(entries.div_ceil(weight::UNITS) as u32, 1, 1),
+                CubeDim::new_1d(weight::UNITS as u32),
+                AddressType::from_len(sums.len()),
+                sums.buffer_arg(),
+                inputs.list.launch_arg(),
+                weights_arg(Some(weights), inputs.list),
+                grad.buffer_arg(),
+                parts,
+            );
+        }
     }
     Ok(())
 }

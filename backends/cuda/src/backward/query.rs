@@ -1,15 +1,16 @@
 //! `dQ` on Hopper: each query block walks its own list, with the forward's producer.
 //!
-//! Queries and output gradients stay in registers; keys and values come through the ring.
+//! Queries and output gradients stay in registers; keys and values come through the ring. With weights
+//! of blocks each warp also writes the sum of its part of each tile's `dS`.
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
-use cubesla_kernels::block_list::BlockListView;
+use cubesla_kernels::block_list::{BlockListView, BlockWeightsView};
 
 use crate::forward::config::{Memory, Place, WgmmaTile, next_note};
 use crate::forward::epilogue::{begin_staging, end_stores, stage_accumulator, store_staged};
 use crate::forward::kernel::{ForwardConfig, ForwardScalars, Item, Work, init_barriers};
-use crate::forward::producer::{Producer, Source};
+use crate::forward::producer::{Producer, Source, read_bias, read_keys};
 use crate::ptx::{backward, barrier, math, wgmma};
 
 /// As for the forward, with more for the consumers, who hold output gradients too.
@@ -35,8 +36,10 @@ pub(crate) fn query_gradients_wgmma<F: Float>(
     grad_out: &TensorMap<F, Tiled>, // [B, Hq, Lq, D]
     dq: &TensorMap<F, Tiled>,       // [B, Hq, Lq, D]
     list: &BlockListView,
-    lse: &[f32],   // [B, Hq, Lq]
-    delta: &[f32], // [B, Hq, Lq]
+    weights: &BlockWeightsView, // [B, Hq, M, N], not read if blocks have none
+    lse: &[f32],                // [B, Hq, Lq]
+    delta: &[f32],              // [B, Hq, Lq]
+    sums: &mut [f32], // [B, Hq, M, N, tiles of a block, warps], written if blocks have weights
     scalars: ForwardScalars,
     #[comptime] config: ForwardConfig,
     #[define(F)] _dtype: ElemType,
@@ -91,7 +94,11 @@ pub(crate) fn query_gradients_wgmma<F: Float>(
                     tile.rows(),
                     tile.head_dim,
                 );
-                producer.load_tiles(list, work, memory, scalars);
+                if config.weighted {
+                    producer.load_weighted_tiles(list, weights, 1.0, work, memory, scalars);
+                } else {
+                    producer.load_tiles(list, work, memory, scalars);
+                }
                 index += CUBE_COUNT_X;
             }
         }
@@ -111,12 +118,23 @@ pub(crate) fn query_gradients_wgmma<F: Float>(
             parity ^= 1;
             let head_index = (item.batch * scalars.heads + item.head) as usize;
             let first = head_index * scalars.query_len as usize;
+            let own_sums = OwnSums::new(weights, head_index, item, config);
             let row = item.first_query + UNIT_POS / 32 * 16 + UNIT_POS % 32 / 4;
             let upper = RowStatistics::new(lse, delta, first, row, scalars.query_len);
             let lower = RowStatistics::new(lse, delta, first, row + 8, scalars.query_len);
             wgmma::clear_accumulator(tile.products());
             for t in 0..item.tiles {
-                add_tile(&mut keys, t, memory, upper, lower, scalars.scale, config);
+                add_tile(
+                    &mut keys,
+                    t,
+                    memory,
+                    upper,
+                    lower,
+                    sums,
+                    own_sums,
+                    scalars.scale,
+                    config,
+                );
             }
             wgmma::wait(0u32);
             if item.tiles > 0 {
@@ -161,6 +179,43 @@ impl RowStatistics {
     }
 }
 
+/// `L - log2(m)`, which makes weights of scores. A row whose blocks all have a weight of 0 has an `L` of
+/// negative infinity, as its scores have.
+#[cube]
+pub(super) fn weighted_lse(lse: f32, bias: f32) -> f32 {
+    let lowest = f32::new(-1.0e38);
+    select(lse < lowest, lowest, lse) - bias
+}
+
+/// Where a warp's sums of the tiles of an item go: that of the keys `tile.keys t..` to
+/// `start + step t`.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct OwnSums {
+    start: usize,
+    #[cube(comptime)]
+    step: usize,
+}
+
+#[cube]
+impl OwnSums {
+    fn new(
+        weights: &BlockWeightsView,
+        head_index: usize,
+        item: Item,
+        #[comptime] config: ForwardConfig,
+    ) -> OwnSums {
+        let warps = comptime!(4 * config.tile.consumers);
+        let query_block = item.first_query / comptime!(config.tile.rows() as u32);
+        let row = head_index * weights.query_blocks as usize + query_block as usize;
+        let tiles = weights.key_blocks as usize * comptime!(config.block_k / config.tile.keys);
+        OwnSums {
+            start: row * tiles * warps + UNIT_POS as usize / 32,
+            step: warps,
+        }
+    }
+}
+
 /// Brings the next item's queries and output gradients into their registers.
 #[cube]
 fn load_rows(memory: Memory, extra: GradMemory, parity: u32, #[comptime] config: ForwardConfig) {
@@ -177,7 +232,8 @@ fn load_rows(memory: Memory, extra: GradMemory, parity: u32, #[comptime] config:
     }
 }
 
-/// Adds a tile's `dS K`. The product with the keys of the tile before it is in flight meanwhile.
+/// Adds a tile's `dS K`, and stores the sum of the warp's `dS` if blocks have weights. The product with
+/// the keys of the tile before it is in flight meanwhile.
 #[cube]
 fn add_tile(
     place: &mut Place,
@@ -185,6 +241,8 @@ fn add_tile(
     memory: Memory,
     upper: RowStatistics,
     lower: RowStatistics,
+    sums: &mut [f32],
+    own_sums: OwnSums,
     scale: f32,
     #[comptime] config: ForwardConfig,
 ) {
@@ -205,6 +263,13 @@ fn add_tile(
     if t > 0 {
         release_last(&*place, memory, config);
     }
+    let mut upper = upper;
+    let mut lower = lower;
+    if config.weighted {
+        let bias = read_bias(memory, place.stage);
+        upper.lse = weighted_lse(upper.lse, bias);
+        lower.lse = weighted_lse(lower.lse, bias);
+    }
     // Weights are made while their gradients are being multiplied.
     let scale_log2 = scale * std::f32::consts::LOG2_E;
     let mut bits = 0u32.runtime();
@@ -224,8 +289,20 @@ fn add_tile(
             weights[comptime!(8 * step + i)] = p;
         }
     }
+    if config.weighted {
+        // Keys that do not exist are zeros for the product, but the sum would have their weights.
+        let count = read_keys(memory, place.stage).count;
+        if count < comptime!(tile.keys as u32) {
+            #[unroll]
+            for i in 0..comptime!(tile.keys / 2) {
+                let at = comptime!((i / 4 * 8 + i % 2) as u32) + UNIT_POS % 4 * 2;
+                weights[i] = select(at < count, weights[i], 0.0);
+            }
+        }
+    }
     wgmma::compute_before(bits);
     wgmma::wait(0u32);
+    let mut sum = 0.0f32.runtime();
     #[unroll]
     for step in 0..comptime!(tile.keys / 16) {
         let gradients = backward::read_gradient_step(step);
@@ -236,9 +313,17 @@ fn add_tile(
             let (at, next) = comptime!((2 * i, 2 * i + 1));
             let low = weights[comptime!(8 * step + at)] * (gradients.extract(at) - row.delta);
             let high = weights[comptime!(8 * step + next)] * (gradients.extract(next) - row.delta);
+            if config.weighted {
+                sum += low + high;
+            }
             words.insert(i, math::pack(low, high, comptime!(products.format())));
         }
         wgmma::write_probability_step(words, step);
+    }
+    // The producer may write the next note when the product is done.
+    let mut first_key = 0u32.runtime();
+    if config.weighted {
+        first_key = read_keys(memory, place.stage).first;
     }
     wgmma::fence();
     wgmma::accumulate(
@@ -247,6 +332,13 @@ fn add_tile(
         products,
     );
     wgmma::commit();
+    if config.weighted {
+        let sum = plane_sum(sum);
+        if UNIT_POS % 32 == 0 {
+            let tile = first_key as usize / comptime!(tile.keys);
+            sums[own_sums.start + tile * own_sums.step] = sum;
+        }
+    }
     place.advance();
 }
 

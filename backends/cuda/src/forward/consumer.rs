@@ -6,9 +6,9 @@ use cubecl_cpp::cuda::ptx::tensor_map_address;
 use super::config::{Memory, Place, next_note};
 use super::epilogue::{end_stores, load_accumulator, store};
 use super::kernel::{ForwardConfig, ForwardScalars, Item};
-use super::producer::{Keys, read_keys};
+use super::producer::{Keys, read_bias, read_keys};
 use super::softmax::{RowPair, make_weights, take_scores};
-use crate::ptx::{barrier, wgmma};
+use crate::ptx::{barrier, value, wgmma};
 
 /// The loop over items. The first scores of an item are multiplied while the one before it is being
 /// finished and stored.
@@ -51,6 +51,8 @@ pub(crate) struct Consumer {
     pub note: u32,
     /// The keys whose scores were begun last.
     begun: Keys,
+    /// Of their block, if blocks have weights.
+    bias: f32,
     #[cube(comptime)]
     config: ForwardConfig,
 }
@@ -64,6 +66,7 @@ impl Consumer {
             query_parity: 0,
             note: 0,
             begun: Keys { first: 0, count: 0 },
+            bias: 0.0,
             config,
         }
     }
@@ -136,9 +139,9 @@ impl Consumer {
         scalars: ForwardScalars,
     ) {
         let config = comptime!(self.config);
-        let scores = take_scores(rows, self.begun, scalars, 0usize, config);
+        let scores = take_scores(rows, self.begun, self.bias, scalars, 0usize, config);
         write_weights(
-            &make_weights(rows, &scores, scalars, config),
+            &make_weights(rows, &scores, self.bias, scalars, config),
             config.tile.keys,
         );
         for t in 1..tiles {
@@ -146,8 +149,8 @@ impl Consumer {
             self.begin_accumulate(t == 1, memory);
             wgmma::wait(1u32);
             self.release_keys(memory);
-            let scores = take_scores(rows, self.begun, scalars, 0usize, config);
-            let weights = make_weights(rows, &scores, scalars, config);
+            let scores = take_scores(rows, self.begun, self.bias, scalars, 0usize, config);
+            let weights = make_weights(rows, &scores, self.bias, scalars, config);
             wgmma::compute_before(u32::reinterpret(rows.upper.sum + rows.lower.sum));
             wgmma::wait(0u32);
             self.release_values(memory);
@@ -194,10 +197,11 @@ impl Consumer {
     ) {
         let config = comptime!(self.config);
         let keys = self.begun.copy();
+        let bias = value::<f32>(self.bias);
         if next {
             self.begin_scores(true, memory, comptime!(1 - buffer));
         }
-        let scores = take_scores(rows, keys, scalars, buffer, config);
+        let scores = take_scores(rows, keys, bias, scalars, buffer, config);
         // The weights of the tile before are in use until its product is done: there are no registers
         // to make new ones beside them.
         wgmma::wait(comptime!(u32::from(next)));
@@ -206,7 +210,7 @@ impl Consumer {
             rescale(&*rows, config);
         }
         write_weights(
-            &make_weights(rows, &scores, scalars, config),
+            &make_weights(rows, &scores, bias, scalars, config),
             config.tile.keys,
         );
         self.begin_accumulate(t == 0, memory);
@@ -226,6 +230,9 @@ impl Consumer {
         let keys = read_keys(memory, self.keys.stage);
         self.begun.first = keys.first;
         self.begun.count = keys.count;
+        if comptime!(self.config.weighted) {
+            self.bias = read_bias(memory, self.keys.stage);
+        }
         let at = memory.keys + self.keys.stage * comptime!(tile.key_bytes() as u32);
         wgmma::fence();
         wgmma::scores(wgmma::descriptor(at), buffer, tile.products());

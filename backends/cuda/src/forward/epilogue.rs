@@ -118,6 +118,7 @@ pub(crate) fn stage_accumulator(
     #[comptime] config: ForwardConfig,
 ) {
     let products = comptime!(config.tile.products());
+    let unit = wgmma::here(UNIT_POS);
     #[unroll]
     for group in 0..comptime!(products.value_dim / 16) {
         let values = wgmma::read_accumulator(group);
@@ -129,23 +130,29 @@ pub(crate) fn stage_accumulator(
             let high = values.extract(comptime!(2 * i + 1)) * factor;
             words.insert(i, math::pack(low, high, comptime!(products.format())));
         }
-        stage_group(to, words, group);
+        stage_group(to, unit, words, group);
     }
 }
 
-/// Writes columns `16 group..16 group + 16` of the unit's rows to the staging tile.
+/// Writes columns `16 group..16 group + 16` of the rows of `unit`, this one, to the staging tile.
 #[cube]
-pub(crate) fn stage_group(to: u32, words: Vector<u32, Const<4>>, #[comptime] group: usize) {
-    math::store_matrices(group_address(to, group), words);
+pub(crate) fn stage_group(
+    to: u32,
+    unit: u32,
+    words: Vector<u32, Const<4>>,
+    #[comptime] group: usize,
+) {
+    math::store_matrices(group_address(to, unit, group), words);
 }
 
 /// Brings a tile of 64 rows, as the staging tile is, into the accumulator.
 #[cube]
 pub(crate) fn load_accumulator(from: u32, #[comptime] config: ForwardConfig) {
     let products = comptime!(config.tile.products());
+    let unit = wgmma::here(UNIT_POS);
     #[unroll]
     for group in 0..comptime!(products.value_dim / 16) {
-        let words = math::load_matrices(group_address(from, group));
+        let words = math::load_matrices(group_address(from, unit, group));
         let mut values = Vector::<f32, Const<8>>::empty();
         #[unroll]
         for i in 0..4usize {
@@ -157,11 +164,11 @@ pub(crate) fn load_accumulator(from: u32, #[comptime] config: ForwardConfig) {
     }
 }
 
-/// Where the unit's row of columns `16 group..16 group + 16` lies in a tile of 64 rows.
+/// Where a unit's row of columns `16 group..16 group + 16` lies in a tile of 64 rows.
 #[cube]
-fn group_address(tile: u32, #[comptime] group: usize) -> u32 {
-    let lane = UNIT_POS % 32;
-    let row = UNIT_POS % 128 / 32 * 16 + lane % 16;
+fn group_address(tile: u32, unit: u32, #[comptime] group: usize) -> u32 {
+    let lane = unit % 32;
+    let row = unit % 128 / 32 * 16 + lane % 16;
     let chunk = comptime!((group % 4 * 2) as u32) + lane / 16;
     let box_start = comptime!((group / 4 * 64 * 128) as u32);
     tile + box_start + row * 128 + (chunk ^ (row % 8)) * 16

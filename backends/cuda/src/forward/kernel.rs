@@ -5,7 +5,9 @@
 //! it, which is where the speed is.
 
 use cubecl::prelude::*;
-use cubesla_kernels::block_list::{BlockListView, KeyWalk, Span, Walk, WalkExpand};
+use cubesla_kernels::block_list::{
+    BlockListView, BlockWeightsView, KeyWalk, Span, Walk, WalkExpand,
+};
 
 use super::config::{Memory, WgmmaTile};
 use super::consumer::consume;
@@ -18,6 +20,8 @@ pub(crate) struct ForwardConfig {
     pub tile: WgmmaTile,
     pub block_k: usize,
     pub causal: bool,
+    /// Whether blocks have weights.
+    pub weighted: bool,
 }
 
 /// Scalar arguments.
@@ -39,12 +43,13 @@ pub(crate) struct ForwardScalars {
 /// work on neighbouring blocks of the same head, whose keys and values then stay in the L2 cache.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn block_sparse_forward_wgmma<F: Float>(
-    q: &TensorMap<F, Tiled>,   // [B, Hq, Lq, D]
-    k: &TensorMap<F, Tiled>,   // [B, Hkv, Lk, D]
-    v: &TensorMap<F, Tiled>,   // [B, Hkv, Lk, Dv]
-    out: &TensorMap<F, Tiled>, // [B, Hq, Lq, Dv]
-    list: &BlockListView,      // [B, Hq, M, N]
-    lse: &mut [f32],           // [B, Hq, Lq]
+    q: &TensorMap<F, Tiled>,    // [B, Hq, Lq, D]
+    k: &TensorMap<F, Tiled>,    // [B, Hkv, Lk, D]
+    v: &TensorMap<F, Tiled>,    // [B, Hkv, Lk, Dv]
+    out: &TensorMap<F, Tiled>,  // [B, Hq, Lq, Dv]
+    list: &BlockListView,       // [B, Hq, M, N]
+    weights: &BlockWeightsView, // the same; not read if blocks have none
+    lse: &mut [f32],            // [B, Hq, Lq]
     scalars: ForwardScalars,
     #[comptime] config: ForwardConfig,
     #[define(F)] _dtype: ElemType,
@@ -65,7 +70,7 @@ pub(crate) fn block_sparse_forward_wgmma<F: Float>(
             wgmma::shrink_registers(comptime!(tile.registers().unwrap().0));
         }
         if UNIT_POS == consumers * 128 {
-            produce::<F>(q, k, v, list, memory, scalars, config);
+            produce::<F>(q, k, v, list, weights, memory, scalars, config);
         }
     } else {
         if comptime!(tile.registers().is_some()) {

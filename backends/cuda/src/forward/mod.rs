@@ -1,8 +1,8 @@
 //! Block-sparse attention on Hopper: `wgmma`, bulk tensor copies, a producer and consumers.
 //!
 //! Supported: f16 and bf16; D and Dv up to 128; query blocks of 64 or 128 rows; any key blocks;
-//! grouped heads; any lengths; rows with no block; both causal alignments; a positive scale; inputs
-//! whose rows are contiguous and 16-byte aligned.
+//! grouped heads; any lengths; rows with no block; both causal alignments; weights of blocks; a positive
+//! scale; inputs whose rows are contiguous and 16-byte aligned.
 //! Rejected by [`WgmmaPlan::new`], with the reason; the portable engines take those problems.
 //!
 //! What it does, and why:
@@ -32,6 +32,7 @@ use std::fmt;
 use cubecl::ir::DeviceProperties;
 use cubecl::prelude::*;
 use cubesla_kernels::attention::{ForwardInputs, ForwardOutputs};
+use cubesla_kernels::block_list::weights_arg;
 use cubesla_kernels::{AttentionProblem, Causal, DType, DeviceTensor};
 use kernel::{ForwardConfig, ForwardScalarsLaunch, block_sparse_forward_wgmma};
 
@@ -105,17 +106,23 @@ pub(crate) fn tile_keys(block_k: usize) -> usize {
         .unwrap_or(16)
 }
 
-/// Runs block-sparse attention as `plan` says. The caller has checked lists and outputs against
-/// `problem`.
+/// Runs block-sparse attention as `plan` says, with a weight for every block if there are `weights`: see
+/// [`launch_forward_weighted`](cubesla_kernels::attention::launch_forward_weighted). The caller has
+/// checked lists, weights and outputs against `problem`.
 pub fn launch_forward_wgmma(
     client: &Client,
     problem: &AttentionProblem,
     plan: &WgmmaPlan,
     inputs: ForwardInputs<'_>,
+    weights: Option<&DeviceTensor<4>>,
     outputs: ForwardOutputs<'_>,
 ) {
     let items = problem.batch() * problem.query_heads() * problem.query_blocks();
-    let tile = plan.tile;
+    let mut tile = plan.tile;
+    if weights.is_some() && tile.registers().is_some() {
+        // There are none left for weights of blocks beside the scores of two tiles.
+        tile.ahead = false;
+    }
     // SAFETY: bulk copies stay inside the tensors by themselves; lists hold valid key blocks; the
     // log-sum-exp is written for rows below `query_len` only.
     unsafe {
@@ -129,6 +136,7 @@ pub fn launch_forward_wgmma(
             tensor_map(inputs.v, tile.keys),
             tensor_map(outputs.out, 64),
             inputs.list.launch_arg(),
+            weights_arg(weights, inputs.list),
             outputs.lse.buffer_arg(),
             ForwardScalarsLaunch::new(
                 items as u32,
@@ -143,6 +151,7 @@ pub fn launch_forward_wgmma(
                 tile,
                 block_k: problem.block_k(),
                 causal: problem.causal() != Causal::None,
+                weighted: weights.is_some(),
             },
             problem.dtype().elem_type(),
         );

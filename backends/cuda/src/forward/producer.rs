@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::{BlockListView, Span};
+use cubesla_kernels::block_list::{BlockListView, BlockWeightsView, Span};
 
 use super::config::{Memory, Place, next_note};
 use super::kernel::{ForwardConfig, ForwardScalars, Item, Work};
@@ -16,6 +16,7 @@ pub(crate) fn produce<F: Float>(
     k: &TensorMap<F, Tiled>,
     v: &TensorMap<F, Tiled>,
     list: &BlockListView,
+    weights: &BlockWeightsView,
     memory: Memory,
     scalars: ForwardScalars,
     #[comptime] config: ForwardConfig,
@@ -25,7 +26,13 @@ pub(crate) fn produce<F: Float>(
     while index < scalars.items {
         let work = Work::new(list, index, scalars, config).never_empty();
         producer.load_queries(work.item, memory);
-        producer.load_tiles(list, work, memory, scalars);
+        if config.weighted {
+            // The maxima that biases are added to are of unscaled scores.
+            let unit = 1.0 / (scalars.scale * std::f32::consts::LOG2_E);
+            producer.load_weighted_tiles(list, weights, unit, work, memory, scalars);
+        } else {
+            producer.load_tiles(list, work, memory, scalars);
+        }
         index += CUBE_COUNT_X;
     }
 }
@@ -94,29 +101,67 @@ impl Producer {
         memory: Memory,
         scalars: ForwardScalars,
     ) {
-        let tile = comptime!(self.config.tile);
-        let key_bytes = comptime!(tile.key_bytes() as u32);
-        let value_bytes = comptime!(tile.value_bytes() as u32);
         let source = Source {
             head: work.item.head / scalars.group,
             batch: work.item.batch,
         };
         for t in 0..work.item.tiles {
             let keys = work.tile(list, t);
-            barrier::wait(memory.key_empty(self.place.stage), self.place.parity ^ 1);
-            write_keys(memory, self.place.stage, Keys::new(keys));
-            let full = memory.key_full(self.place.stage);
-            barrier::arrive_expect(full, key_bytes);
-            let to = memory.keys + self.place.stage * key_bytes;
-            source.load(to, self.k, full, keys.first, tile.keys, tile.head_dim);
-
-            barrier::wait(memory.value_empty(self.place.stage), self.place.parity ^ 1);
-            let full = memory.value_full(self.place.stage);
-            barrier::arrive_expect(full, value_bytes);
-            let to = memory.values + self.place.stage * value_bytes;
-            source.load(to, self.v, full, keys.first, tile.keys, tile.value_dim);
-            self.place.advance();
+            self.load_tile(source, keys, 0.0, memory);
         }
+    }
+
+    /// The same for blocks with weights: consumers are told `unit log2(m)` too.
+    pub fn load_weighted_tiles(
+        &mut self,
+        list: &BlockListView,
+        weights: &BlockWeightsView,
+        unit: f32,
+        work: Work,
+        memory: Memory,
+        scalars: ForwardScalars,
+    ) {
+        let config = comptime!(self.config);
+        let item = work.item;
+        let head = (item.batch * scalars.heads + item.head) as usize;
+        let query_block = item.first_query / comptime!(config.tile.rows() as u32);
+        let source = Source {
+            head: item.head / scalars.group,
+            batch: item.batch,
+        };
+        for t in 0..item.tiles {
+            let keys = work.tile(list, t);
+            // The tile of a row with no block lies past the last one.
+            let key_block = min(
+                keys.first / comptime!(config.block_k as u32),
+                weights.key_blocks - 1,
+            );
+            let bias = math::log2(weights.at(head, query_block, key_block)) * unit;
+            self.load_tile(source, keys, bias, memory);
+        }
+    }
+
+    /// Loads a tile's keys and values. The `bias` is not told if blocks have no weights.
+    fn load_tile(&mut self, source: Source, keys: Span, bias: f32, memory: Memory) {
+        let tile = comptime!(self.config.tile);
+        let key_bytes = comptime!(tile.key_bytes() as u32);
+        let value_bytes = comptime!(tile.value_bytes() as u32);
+        barrier::wait(memory.key_empty(self.place.stage), self.place.parity ^ 1);
+        write_keys(memory, self.place.stage, Keys::new(keys));
+        if comptime!(self.config.weighted) {
+            write_bias(memory, self.place.stage, bias);
+        }
+        let full = memory.key_full(self.place.stage);
+        barrier::arrive_expect(full, key_bytes);
+        let to = memory.keys + self.place.stage * key_bytes;
+        source.load(to, self.k, full, keys.first, tile.keys, tile.head_dim);
+
+        barrier::wait(memory.value_empty(self.place.stage), self.place.parity ^ 1);
+        let full = memory.value_full(self.place.stage);
+        barrier::arrive_expect(full, value_bytes);
+        let to = memory.values + self.place.stage * value_bytes;
+        source.load(to, self.v, full, keys.first, tile.keys, tile.value_dim);
+        self.place.advance();
     }
 }
 
@@ -186,6 +231,20 @@ pub(crate) fn read_keys(memory: Memory, stage: u32) -> Keys {
         first: words.extract(0usize),
         count: words.extract(1usize),
     }
+}
+
+/// Tells consumers what the weight of a stage's block adds to scores.
+#[cube]
+fn write_bias(memory: Memory, stage: u32, bias: f32) {
+    math::store_pair(memory.key_note(stage) + 8, u32::reinterpret(bias), 0);
+}
+
+/// What the weight of a stage's block adds to scores: 0 of one that is 1, negative infinity of one that
+/// is 0.
+#[cube]
+pub(crate) fn read_bias(memory: Memory, stage: u32) -> f32 {
+    let words = math::load_pair(memory.key_note(stage) + 8);
+    f32::reinterpret(words.extract(0usize))
 }
 
 /// A head of a tensor.

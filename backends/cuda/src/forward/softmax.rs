@@ -78,11 +78,13 @@ pub(crate) fn upper_query(first_query: u32) -> u32 {
     first_query + UNIT_POS / 32 * 16 + UNIT_POS % 32 / 4
 }
 
-/// The scores in the registers of `buffer`, masked; the rows' maxima take them into account.
+/// The scores in the registers of `buffer`, masked; the rows' maxima take them into account, with the
+/// `bias` of blocks that have weights.
 #[cube]
 pub(crate) fn take_scores(
     rows: &mut RowPair,
     keys: Keys,
+    bias: f32,
     scalars: ForwardScalars,
     #[comptime] buffer: usize,
     #[comptime] config: ForwardConfig,
@@ -109,24 +111,34 @@ pub(crate) fn take_scores(
             lower_max = max(lower_max, scores[comptime!(4 * i + 2 + j)]);
         }
     }
+    if config.weighted {
+        upper_max += bias;
+        lower_max += bias;
+    }
     let scale_log2 = scalars.scale * std::f32::consts::LOG2_E;
     rows.upper.raise(upper_max, scale_log2);
     rows.lower.raise(lower_max, scale_log2);
     scores
 }
 
-/// The weights `exp(scale S - m)`, packed in pairs, and added to the rows' sums.
+/// The weights `exp(scale (S + bias) - m)`, packed in pairs, and added to the rows' sums.
 #[cube]
 pub(crate) fn make_weights(
     rows: &mut RowPair,
     scores: &Array<f32>,
+    bias: f32,
     scalars: ForwardScalars,
     #[comptime] config: ForwardConfig,
 ) -> Array<u32> {
     let count = comptime!(config.tile.keys / 4);
     let scale_log2 = scalars.scale * std::f32::consts::LOG2_E;
-    let upper_shift = rows.upper.max * scale_log2;
-    let lower_shift = rows.lower.max * scale_log2;
+    let mut upper_shift = rows.upper.max * scale_log2;
+    let mut lower_shift = rows.lower.max * scale_log2;
+    if config.weighted {
+        // With a weight of 0 infinite, and nothing is left of the scores.
+        upper_shift = (rows.upper.max - bias) * scale_log2;
+        lower_shift = (rows.lower.max - bias) * scale_log2;
+    }
     let mut packed = Array::<u32>::new(count);
     #[unroll]
     for i in 0..count {

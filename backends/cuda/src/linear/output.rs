@@ -181,7 +181,7 @@ pub(crate) fn linear_output_wgmma<F: Float>(
             let staging = memory.out + warpgroup * comptime!(tile.out_bytes() as u32);
             #[unroll]
             for group in 0..comptime!(products.value_dim / 16) {
-                stage_group(staging, linear::read_linear_step(group), group);
+                stage_group(staging, UNIT_POS, linear::read_linear_step(group), group);
             }
             tma::fence_writes();
             barrier::sync_named(warpgroup + 1, 128u32);

@@ -113,6 +113,6 @@ fn stage_accumulator(
             }
             words.insert(i, math::pack(low, high, comptime!(products.format())));
         }
-        stage_group(to, words, group);
+        stage_group(to, UNIT_POS, words, group);
     }
 }

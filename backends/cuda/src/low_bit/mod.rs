@@ -77,6 +77,7 @@ impl WgmmaLowBitPlan {
                 tile: self.forward.tile,
                 block_k: problem.block_k(),
                 causal: problem.causal() != Causal::None,
+                weighted: false,
             },
             int8: self.formats.scores == LowBitScores::Int8,
             fp8: self.formats.values == LowBitValues::Fp8,

@@ -288,7 +288,7 @@ pub(super) fn load_rows(
 
 /// `x`, of which the compiler knows nothing before here, so that it computes nothing from it earlier.
 #[cube]
-fn here(x: u32) -> u32 {
+pub(crate) fn here(x: u32) -> u32 {
     let x = value::<u32>(x);
     let y: u32;
     gpu_asm!("mov.u32 {y}, {x};", y = out(_) y, x = in(_) x);

@@ -85,6 +85,7 @@ fn config(problem: &AttentionProblem, plan: &WgmmaPlan, projects: bool) -> SlaCo
             tile: plan.tile,
             block_k: problem.block_k(),
             causal: false,
+            weighted: false,
         },
         phi: FeatureMap::Softmax,
         per_block: false,

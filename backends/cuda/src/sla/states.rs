@@ -235,7 +235,7 @@ fn store_state(
             let format = comptime!(products.format());
             words.insert(i, math::pack(low * totals.kept, high * totals.kept, format));
         }
-        stage_group(staging, words, group);
+        stage_group(staging, UNIT_POS, words, group);
     }
     tma::fence_writes();
     // Named barrier 0 is the whole cube's.
