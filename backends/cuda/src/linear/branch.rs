@@ -124,15 +124,27 @@ pub(crate) fn keep_pass(
 ) {
     #[unroll]
     for group in 0..comptime!(pass_columns(products) / 16) {
-        let values = wgmma::read_score_step(0usize, group);
-        let mut words = Vector::<u32, Const<4>>::empty();
-        #[unroll]
-        for i in 0..4usize {
-            let factor = if comptime!(i % 2 == 0) { upper } else { lower };
-            let low = values.extract(comptime!(2 * i)) * factor;
-            let high = values.extract(comptime!(2 * i + 1)) * factor;
-            words.insert(i, math::pack(low, high, comptime!(products.format())));
-        }
+        let words = round_group(upper, lower, group, products);
         linear::write_linear_step(words, comptime!(pass * pass_columns(products) / 16 + group));
     }
+}
+
+/// Columns `16 group..16 group + 16` of the pass, divided by the rows' denominators and rounded.
+#[cube]
+pub(crate) fn round_group(
+    upper: f32,
+    lower: f32,
+    #[comptime] group: usize,
+    #[comptime] products: Products,
+) -> Vector<u32, Const<4>> {
+    let values = wgmma::read_score_step(0usize, group);
+    let mut words = Vector::<u32, Const<4>>::empty();
+    #[unroll]
+    for i in 0..4usize {
+        let factor = if comptime!(i % 2 == 0) { upper } else { lower };
+        let low = values.extract(comptime!(2 * i)) * factor;
+        let high = values.extract(comptime!(2 * i + 1)) * factor;
+        words.insert(i, math::pack(low, high, comptime!(products.format())));
+    }
+    words
 }

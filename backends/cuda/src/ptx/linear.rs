@@ -7,7 +7,7 @@ use cubecl::prelude::*;
 use super::value;
 use super::wgmma::{Products, add_product, clear, list, moves, read_four, write_four};
 
-/// Declares `lin`. Once, at the top of a kernel that saves or projects the linear branch.
+/// Declares `lin`. Once, at the top of a kernel that projects or stores the linear branch from them.
 #[cube]
 pub(crate) fn declare_linear(#[comptime] products: Products) {
     let count = comptime!(products.value_dim / 4);

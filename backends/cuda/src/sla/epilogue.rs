@@ -2,15 +2,15 @@
 
 use cubecl::prelude::*;
 
-use super::kernel::{LinearMemory, SlaConfig, SlaScalars, StatePlace};
+use super::kernel::{LinearMemory, SlaConfig, SlaScalars};
 use crate::forward::config::Memory;
 use crate::forward::epilogue::{
     begin_staging, inverse, stage_accumulator, stage_group, store_lse, store_staged,
 };
 use crate::forward::kernel::Item;
 use crate::forward::softmax::{RowPair, quad_sum};
-use crate::linear::branch::{keep_pass, map_queries};
-use crate::ptx::linear::passes;
+use crate::linear::branch::{keep_pass, round_group};
+use crate::ptx::linear::{pass_columns, passes};
 use crate::ptx::{barrier, linear, wgmma};
 
 /// Maps of the outputs, and the phase of the states' barriers.
@@ -28,12 +28,11 @@ pub(crate) struct Epilogue {
 #[cube]
 pub(crate) fn finish(
     epilogue: &mut Epilogue,
-    z: &[f32],
+    denominators: Vector<f32, Const<2>>, // of the linear branch
     weights: &[f32],
     lse: &mut [f32],
     memory: Memory,
     extra: LinearMemory,
-    place: StatePlace,
     item: Item,
     rows: &RowPair,
     scalars: SlaScalars,
@@ -58,7 +57,6 @@ pub(crate) fn finish(
         store_lse(lse, item, rows, upper_sum, lower_sum, scalars.forward);
     }
 
-    let denominators = map_queries(z, place.start, tile, config.phi);
     let linear_upper = inverse(denominators.extract(0usize));
     let linear_lower = inverse(denominators.extract(1usize));
     let mut rest = f32::new(0.0);
@@ -73,6 +71,10 @@ pub(crate) fn finish(
     }
     wgmma::scale_accumulator(upper, lower, products);
 
+    let mut staging = 0u32.runtime();
+    if config.save {
+        staging = begin_staging(memory, forward);
+    }
     barrier::wait(extra.state_full(), epilogue.parity);
     epilogue.parity ^= 1;
     let state = wgmma::descriptor_transposed(extra.states, products.head_dim);
@@ -82,11 +84,19 @@ pub(crate) fn finish(
         linear::state_columns(state, pass, products);
         wgmma::commit();
         wgmma::wait(0u32);
-        if comptime!(config.projects || config.save) {
+        if config.projects {
             keep_pass(linear_upper, linear_lower, pass, products);
-        }
-        if comptime!(!config.projects) {
+        } else {
             linear::add_pass(rest * linear_upper, rest * linear_lower, pass, products);
+        }
+        if config.save {
+            let unit = wgmma::here(UNIT_POS);
+            #[unroll]
+            for group in 0..comptime!(pass_columns(products) / 16) {
+                let words = round_group(linear_upper, linear_lower, group, products);
+                let at = comptime!(pass * pass_columns(products) / 16 + group);
+                stage_group(staging, unit, words, at);
+            }
         }
     }
     if UNIT_POS % 128 == 0 {
@@ -94,11 +104,6 @@ pub(crate) fn finish(
     }
 
     if config.save {
-        let staging = begin_staging(memory, forward);
-        #[unroll]
-        for group in 0..comptime!(products.value_dim / 16) {
-            stage_group(staging, linear::read_linear_step(group), group);
-        }
         store_staged(epilogue.linear, staging, item, forward);
     }
     if config.projects {

@@ -12,6 +12,7 @@ use crate::forward::epilogue::end_stores;
 use crate::forward::kernel::{ForwardConfig, ForwardScalars, Item, Work, init_barriers};
 use crate::forward::producer::{Producer, Source};
 use crate::forward::softmax::RowPair;
+use crate::linear::branch::map_queries;
 use crate::ptx::{barrier, linear, wgmma};
 
 /// What the kernel is compiled for.
@@ -49,7 +50,7 @@ impl SlaConfig {
             return tile.registers();
         }
         let products = tile.products();
-        let linear = if self.projects || self.save {
+        let linear = if self.projects {
             products.value_dim / 4
         } else {
             0
@@ -172,7 +173,7 @@ pub(crate) fn sla_forward_wgmma<F: Float>(
     };
     let memory = Memory::new(tile);
     wgmma::declare_registers(tile.products());
-    if comptime!(config.projects || config.save) {
+    if config.projects {
         linear::declare_linear(tile.products());
     }
 
@@ -263,21 +264,23 @@ pub(crate) fn sla_forward_wgmma<F: Float>(
             consumer.note = next_note(consumer.note);
             let place = StatePlace::new(list, item, items, config);
             let mut rows = RowPair::new(item.first_query);
-            if config.given {
-                consumer.take_rows(memory);
-            } else {
+            if !config.given {
                 consumer.attend(&mut rows, item.tiles, memory, items);
                 wgmma::wait(0u32);
                 consumer.release_values(memory);
             }
+            let denominators = map_queries(z, place.start, tile, config.phi);
+            if config.given {
+                // Not before: rows beside what becomes `phi(Q)` in f32 are more than there are registers.
+                consumer.take_rows(memory);
+            }
             finish(
                 &mut epilogue,
-                z,
+                denominators,
                 weights,
                 lse,
                 memory,
                 extra,
-                place,
                 item,
                 &rows,
                 scalars,

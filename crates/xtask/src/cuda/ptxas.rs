@@ -19,15 +19,6 @@ const TRADED_ALLOWANCE: u32 = 64;
 /// Most registers of a thread, and registers of a multiprocessor.
 const REGISTERS: [u32; 2] = [255, 65_536];
 
-/// Kernels of `wgmma` that spill, knowingly, so many bytes outside of any loop over products: two numbers
-/// of a unit that loads and has 24 registers; two of a tile of the result; rows of a branch that was
-/// computed before, where they are saved again.
-const SPILLED: [(&str, u32); 3] = [
-    ("key_gradients_wgmma", 8),
-    ("low_bit_matmul_wgmma", 8),
-    ("sla_forward_wgmma", 48),
-];
-
 /// ptxas on one kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
@@ -124,8 +115,7 @@ impl Report {
         }
         // Their registers are counted by hand.
         let [traded, forced] = if kernel.contains("wgmma") {
-            let known = SPILLED.iter().find(|(name, _)| kernel.starts_with(name));
-            [known.map_or(0, |&(_, bytes)| bytes); 2]
+            [0; 2]
         } else {
             [TRADED_ALLOWANCE, FORCED_ALLOWANCE]
         };
