@@ -1,8 +1,9 @@
 //! Block-sparse attention, backward.
 
+use cubesla::plan::BackwardPlan;
 use cubesla::{
-    AttentionOptions, Causal, DType, DeviceTensor, Error, HostBlockList, ProblemError,
-    block_sparse_attention, block_sparse_attention_backward, download, upload,
+    AttentionOptions, AttentionProblem, Causal, DType, DeviceTensor, Error, HostBlockList,
+    ProblemError, block_sparse_attention, block_sparse_attention_backward, download, upload,
 };
 use harness::{AttentionCase, Lists, client, dtypes};
 use proptest::prelude::*;
@@ -86,6 +87,43 @@ fn head_dimensions() {
             key_len: 70,
             ..AttentionCase::default()
         });
+    }
+}
+
+/// Registers of Hopper's kernels are named after widths and warpgroups: each kernel has a chance of its
+/// own to be compiled wrongly.
+#[test]
+fn every_width_on_hopper() {
+    let client = client();
+    for head_dim in (32..=128).step_by(8) {
+        for (block_q, dtype) in [(64, DType::F16), (128, DType::F16), (128, DType::BF16)] {
+            let case = AttentionCase {
+                query_len: 3 * block_q - 30,
+                key_len: 300,
+                head_dim,
+                value_dim: head_dim,
+                dtype,
+                options: blocks(block_q, 64),
+                ..AttentionCase::default()
+            };
+            let [q, k, v] = [case.q_shape(), case.k_shape(), case.v_shape()];
+            let problem = AttentionProblem::from_shapes(q, k, v, dtype, &case.options).unwrap();
+            if BackwardPlan::all(&problem, client.properties())
+                .unwrap()
+                .len()
+                < 2
+            {
+                return; // Other tests have widths enough for one engine.
+            }
+            let (inputs, grad_out) = (case.inputs(), case.grad_out());
+            let fastest = |mut plans: Vec<BackwardPlan>| {
+                plans.truncate(1);
+                plans
+            };
+            for (plan, found) in case.run_backward_plans(&client, &inputs, &grad_out, fastest) {
+                case.check_gradients(&inputs, &grad_out, &found, &plan.to_string());
+            }
+        }
     }
 }
 

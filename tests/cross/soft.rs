@@ -97,6 +97,8 @@ fn engines_cases() -> Vec<AttentionCase> {
         case(128, 128, 128, 310),
         case(96, 64, 128, 450),
         case(128, 128, 64, 250),
+        case(64, 128, 64, 250),
+        case(80, 128, 64, 200),
         case(40, 64, 48, 150),
     ]
 }

@@ -33,6 +33,17 @@ impl AttentionCase {
         inputs: &Inputs,
         grad_out: &[f32],
     ) -> Vec<(BackwardPlan, Gradients)> {
+        self.run_backward_plans(client, inputs, grad_out, |plans| plans)
+    }
+
+    /// The same with those of the plans, fastest first, that are `chosen`.
+    pub fn run_backward_plans(
+        &self,
+        client: &Client,
+        inputs: &Inputs,
+        grad_out: &[f32],
+        chosen: impl FnOnce(Vec<BackwardPlan>) -> Vec<BackwardPlan>,
+    ) -> Vec<(BackwardPlan, Gradients)> {
         let ([q, k, v], list) = self.upload_inputs(client, inputs);
         let grad_out = self.upload(client, grad_out, self.out_shape());
         let forward = cubesla::block_sparse_attention(client, &q, &k, &v, &list, &self.options)
@@ -59,7 +70,7 @@ impl AttentionCase {
                 .expect("a valid launch");
             (plan, [dq, dk, dv].map(|x| x.read(client)))
         };
-        plans.into_iter().map(run).collect()
+        chosen(plans).into_iter().map(run).collect()
     }
 
     /// Runs forward and backward with every engine and compares the gradients with the reference by

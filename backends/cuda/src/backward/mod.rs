@@ -57,11 +57,6 @@ impl WgmmaBackwardPlan {
         if !matches!(problem.block_q(), 64 | 128) || !matches!(problem.block_k(), 64 | 128) {
             return Err("a warpgroup computes 64 rows of one block");
         }
-        if problem.block_q() == 128 && (33..64).contains(&dim) {
-            return Err(
-                "tiles of keys that fit the registers are known for D up to 32, and from 64",
-            );
-        }
         if problem.causal() != Causal::None {
             return Err("causal masks are the portable engines'");
         }
@@ -74,7 +69,7 @@ impl WgmmaBackwardPlan {
                 value_dim: dim,
                 bf16,
                 consumers,
-                keys: query_tile_keys(dim, consumers),
+                keys: query_tile_keys(dim),
                 stages: 3,
                 ahead: false,
             },
@@ -99,11 +94,14 @@ impl WgmmaBackwardPlan {
 
 /// Keys of a tile of the queries' gradient.
 ///
-/// Two warpgroups have no more than an even share of the registers up to D = 64, 168 a unit, as ptxas
-/// ignores `setmaxnreg` there. Tiles of 64 keys need more at D = 64, and ptxas of CUDA 13.0 then lets
-/// operands share registers: without a warning, results are wrong.
-fn query_tile_keys(dim: usize, consumers: usize) -> usize {
-    if dim == 64 && consumers == 2 { 32 } else { 64 }
+/// Not as many as the width that products have: ptxas of CUDA 13.0 then gives `dS` the registers of the
+/// output's gradient, which the next tile needs, without a warning.
+fn query_tile_keys(dim: usize) -> usize {
+    if dim.next_multiple_of(16) == 64 {
+        32
+    } else {
+        64
+    }
 }
 
 impl fmt::Display for WgmmaBackwardPlan {
