@@ -268,6 +268,33 @@ fn few_rows_in_sixteen_bits() {
     }
 }
 
+/// Every number of rows of a cube of tensor cores, and one more: sums of whole steps, sums that end
+/// inside one, and long ones, of which each warp has several steps.
+#[test]
+fn each_small_number_of_rows() {
+    let group = Granularity::Group(128);
+    let schemes = [
+        (Format::Int4, group, false),
+        (Format::Int4, group, true),
+        (Format::Int8, group, false),
+        (Format::Int8, group, true),
+    ];
+    for dtype in dtypes(&client()) {
+        for m in 1..=17 {
+            check_weight_only([m, 45, 384], schemes[m % 4], dtype);
+            let (format, _, zero_point) = schemes[(m + m / 4) % 4];
+            check_weight_only(
+                [m, 33, 392],
+                (format, Granularity::Block, zero_point),
+                dtype,
+            );
+        }
+        for (i, scheme) in schemes.into_iter().enumerate() {
+            check_weight_only([3 + 3 * i, 20, 8320], scheme, dtype);
+        }
+    }
+}
+
 /// Sizes that engines with large tiles take, all of them ragged.
 const TILES: [Size; 3] = [[17, 8, 31], [130, 264, 200], [260, 520, 300]];
 
