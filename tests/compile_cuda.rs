@@ -270,6 +270,16 @@ fn compile_low_bits(client: &Client) {
                         dynamic_matmul(client, &x, &low, None, dtype).expect("a valid call");
                     }
                 }
+                // Columns enough for wide cubes.
+                let wide = quantize(
+                    client,
+                    &zeros(8192).unwrap(),
+                    format,
+                    granularity,
+                    zero_point,
+                );
+                let x = zeros(1).unwrap();
+                weight_only_matmul(client, &x, &wide.unwrap(), None, dtype).expect("a valid call");
                 let dy = upload(client, &vec![0.0; 16 * 1024], [16, 1024], dtype).unwrap();
                 quantized_matmul_backward(client, &dy, &low).expect("a valid call");
             }

@@ -268,8 +268,8 @@ fn few_rows_in_sixteen_bits() {
     }
 }
 
-/// Every number of rows of a cube of tensor cores, and one more: sums of whole steps, sums that end
-/// inside one, and long ones, of which each warp has several steps.
+/// Every number of rows of a cube of tensor cores, and more: sums of whole steps, sums that end inside
+/// one, and long ones, of which each warp has several steps.
 #[test]
 fn each_small_number_of_rows() {
     let group = Granularity::Group(128);
@@ -291,6 +291,9 @@ fn each_small_number_of_rows() {
         }
         for (i, scheme) in schemes.into_iter().enumerate() {
             check_weight_only([3 + 3 * i, 20, 8320], scheme, dtype);
+            // More than 16 rows, and a cube of 32 columns for each multiprocessor of a large GPU.
+            check_weight_only([18 + 11 * i, 70, 264], scheme, dtype);
+            check_weight_only([1 + 2 * i, 4810, 264], scheme, dtype);
         }
     }
 }

@@ -52,7 +52,12 @@ impl KeyConfig {
     }
 
     pub fn products(&self) -> Products {
-        let dim = self.dim.next_multiple_of(16);
+        let dim = match self.dim.next_multiple_of(16) {
+            // ptxas ignores `setmaxnreg` in kernels of these, and then spills and serializes: columns
+            // of zeros cost less.
+            80 | 96 if self.consumers == 2 => 112,
+            dim => dim,
+        };
         Products {
             head_dim: dim,
             value_dim: dim,

@@ -48,11 +48,17 @@ struct MmaConfig {
 }
 
 impl MmaConfig {
-    fn new(rows: usize, x: DType, product: &Product<'_>) -> Self {
-        // Wide cubes read the activations fewer times; narrow ones are more.
+    fn new(device: &DeviceProperties, x: &DeviceTensor<2>, product: &Product<'_>) -> Self {
+        let [rows, columns, _] = product.size;
+        let multiprocessors = device.hardware.num_streaming_multiprocessors.unwrap_or(1);
+        // Wide cubes read the activations fewer times, and each lane has more loads in flight; narrow
+        // ones are more.
+        let enough = columns.div_ceil(2 * COLUMNS) > multiprocessors as usize;
         let (column_tiles, row_tiles, warps) = match rows {
+            0..=ROWS if enough => (2, 1, 8),
             0..=ROWS => (1, 1, 8),
-            _ => (2, 2, 8),
+            _ if rows <= 2 * ROWS => (2, 2, 8),
+            _ => (4, 2, 4),
         };
         Self {
             column_tiles,
@@ -62,7 +68,7 @@ impl MmaConfig {
             format: product.w.format(),
             zero_point: product.w.zeros().is_some(),
             bias: product.bias.is_some(),
-            bf16: x == DType::BF16,
+            bf16: x.dtype() == DType::BF16,
         }
     }
 
@@ -134,7 +140,7 @@ pub(super) fn launch(
     let [rows, columns, len] = product.size;
     let w = product.w;
     let device = client.properties();
-    let config = MmaConfig::new(rows, x.dtype(), &product);
+    let config = MmaConfig::new(device, x, &product);
     let rounds = len.div_ceil(step_len(w.format()) * config.warps);
     expect_loop_budget(device, "a product with low-bit weights", rounds)?;
     let grid = grid(
@@ -184,7 +190,7 @@ pub(super) fn launch(
     Ok(())
 }
 
-/// One cube computes 8 or 16 rows of 16 or 32 columns. Its warps take turns at the steps of the
+/// One cube computes 8 or 16 rows of 16 to 64 columns. Its warps take turns at the steps of the
 /// summands; each has the weights of two of its steps on the way.
 ///
 /// Grid: x = tiles of columns, y = tiles of rows.
