@@ -292,8 +292,8 @@ fn each_small_number_of_rows() {
         for (i, scheme) in schemes.into_iter().enumerate() {
             check_weight_only([3 + 3 * i, 20, 8320], scheme, dtype);
             // More than 16 rows, and a cube of 32 columns for each multiprocessor of a large GPU.
-            check_weight_only([18 + 11 * i, 70, 264], scheme, dtype);
-            check_weight_only([1 + 2 * i, 4810, 264], scheme, dtype);
+            check_weight_only([18 + 11 * i, 70, 384], scheme, dtype);
+            check_weight_only([1 + 2 * i, 4810, 384], scheme, dtype);
         }
     }
 }

@@ -9,6 +9,7 @@ mod route;
 mod size;
 mod sla;
 mod sla_backward;
+mod soft;
 mod sparse;
 mod top_k;
 
@@ -94,6 +95,7 @@ pub struct Cost {
 pub fn all(scale: Scale, dtype: Option<DType>) -> Vec<Case> {
     let mut cases = sparse::cases(scale, dtype);
     cases.extend(backward::cases(scale, dtype));
+    cases.extend(soft::cases(scale, dtype));
     cases.extend(route::cases(scale, dtype));
     cases.extend(top_k::cases(scale));
     cases.extend(linear::cases(scale, dtype));
@@ -181,6 +183,7 @@ mod tests {
             "sparse_forward/97/b2h16l32760d128/bf16",
             "sparse_forward/95/b1h40l75600d128/bf16",
             "sparse_backward/95/b1h12l32760d128/bf16",
+            "soft_backward/all/b2h16l32760d128/bf16",
             "route/95/b1h12l32760d64/bf16",
             "top_k/k35/r23640n1182/f32",
             "linear/softmax/b1h4l8192d128/f32",
