@@ -14,4 +14,5 @@ mod sla;
 mod sla_backward;
 mod sla_low_bit;
 mod soft;
+mod training;
 mod tune;

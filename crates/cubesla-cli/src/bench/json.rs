@@ -44,6 +44,12 @@ pub struct Own {
     pub host_ms: f64,
     /// Milliseconds of the first call.
     pub first_ms: f64,
+    /// Kernels of a call.
+    #[serde(default)]
+    pub launches: usize,
+    /// Bytes of device memory that the first call reserved.
+    #[serde(default)]
+    pub memory: u64,
     /// Operations of a call.
     pub flops: f64,
     /// Compulsory traffic of a call.
@@ -79,6 +85,8 @@ fn entry(outcome: &Outcome) -> Option<Entry> {
         own: Some(Own {
             host_ms: measured.timing.host,
             first_ms: measured.first,
+            launches: measured.launches,
+            memory: measured.memory,
             flops: measured.cost.flops,
             bytes: measured.cost.bytes,
             error: measured.check.error,
@@ -113,6 +121,8 @@ mod tests {
             own: Some(Own {
                 host_ms: 0.01,
                 first_ms: 80.0,
+                launches: 2,
+                memory: 1 << 20,
                 flops: 1e12,
                 bytes: 1e8,
                 error: 1e-3,

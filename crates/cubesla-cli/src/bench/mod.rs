@@ -10,8 +10,12 @@ mod timing;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use cubecl::MemoryScope;
+use cubecl::logging::{LaunchObservation, LaunchObserver};
 use cubesla::plan::{self, Choice};
 use cubesla::{Client, DType, device};
 use indicatif::ProgressBar;
@@ -69,6 +73,10 @@ pub struct Measured {
     pub timing: Timing,
     /// The first call, in milliseconds: it compiles what the process has not compiled yet.
     pub first: f64,
+    /// Kernels that it launched.
+    pub launches: usize,
+    /// Bytes of device memory that it reserved.
+    pub memory: u64,
     /// The sample against the reference.
     pub check: Check,
     /// What a call takes.
@@ -176,10 +184,25 @@ fn measured(
     let work = (case.prepare)(client)?;
     cubesla::sync(client)?;
     say("first call");
+    client
+        .memory_cleanup()
+        .map_err(|source| cubesla::Error::Device {
+            operation: "releasing memory that is not in use",
+            source,
+        })?;
+    let reserved = || {
+        let report = client.memory_report(MemoryScope::CurrentStream);
+        report.usage().bytes_reserved
+    };
+    let before = reserved();
+    let launches = Arc::new(Launches::default());
+    let watching = LaunchObservation::new(launches.clone());
     let start = Instant::now();
     work.call(0)?;
     cubesla::sync(client)?;
+    drop(watching);
     let first = 1e3 * start.elapsed().as_secs_f64();
+    let memory = reserved().saturating_sub(before);
     say("check");
     let check = work.check()?;
     if !check.is_right() {
@@ -202,11 +225,23 @@ fn measured(
     Ok(Measured {
         timing,
         first,
+        launches: launches.0.load(Ordering::Relaxed),
+        memory,
         check,
         cost: work.cost(),
         plan: work.plan(),
         tuning,
     })
+}
+
+/// Counts launches.
+#[derive(Default)]
+struct Launches(AtomicUsize);
+
+impl LaunchObserver for Launches {
+    fn launched(&self, _kernel: &'static str) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// Whether the device is the host's processor.

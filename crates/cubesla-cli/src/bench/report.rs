@@ -17,10 +17,13 @@ median, spread time of a call on the device and its 10th and 90th percentile, ov
                between two waits for the device
 host           time for the host to enqueue a call
 first          first call, which compiles what this process has not compiled yet
+launches       kernels of a call
 TFLOP/s        products of what is computed, by the formula: neither padding nor recomputation count
 dense TFLOP/s  the products of dense attention of the same size over the same time: no rate of any
                unit, but what dense attention would need to be as fast
 bytes          inputs read once and outputs written once
+memory         what the first call made the device's allocator reserve for results and for what it needs
+               between, in pages
 ";
 const FLOOR: &str = "\
 floor          the greater of products at 930 TFLOP/s, 1860 in 8 bits, and bytes at 4.2 TB/s, and its
@@ -82,9 +85,11 @@ pub fn table(outcomes: &[Outcome], device: &str, peers: &Peers) -> String {
         "spread ms",
         "host ms",
         "first ms",
+        "launches",
         "TFLOP/s",
         "dense TFLOP/s",
         "bytes",
+        "memory",
         "floor ms",
         "of floor",
     ];
@@ -131,7 +136,7 @@ pub fn table(outcomes: &[Outcome], device: &str, peers: &Peers) -> String {
     text
 }
 
-fn row(measured: &Measured, hopper: bool) -> [String; 10] {
+fn row(measured: &Measured, hopper: bool) -> [String; 12] {
     let (timing, cost) = (&measured.timing, &measured.cost);
     let seconds = 1e-3 * timing.median;
     let rate = |flops: f64| significant(flops / seconds / 1e12);
@@ -145,9 +150,11 @@ fn row(measured: &Measured, hopper: bool) -> [String; 10] {
         format!("{}..{}", significant(timing.p10), significant(timing.p90)),
         significant(timing.host),
         significant(measured.first),
+        measured.launches.to_string(),
         or_dash((cost.flops > 0.0).then(|| rate(cost.flops))),
         or_dash(cost.dense_flops.map(rate)),
         BinaryBytes(cost.bytes as u64).to_string(),
+        BinaryBytes(measured.memory).to_string(),
         or_dash(floor.map(significant)),
         or_dash(floor.map(|floor| format!("{:.0} %", 100.0 * floor / timing.median))),
     ]
@@ -188,6 +195,8 @@ mod tests {
                 batch: 10,
             },
             first: 300.0,
+            launches: 2,
+            memory: 1 << 20,
             check: Check {
                 error: 1e-3,
                 bound: 1e-2,
