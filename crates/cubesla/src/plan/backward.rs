@@ -11,6 +11,9 @@ use cubesla_kernels::{AttentionProblem, DType, DeviceTensor, ProblemError};
 
 use super::write_passed_over;
 
+/// Engines, and why they cannot run a problem.
+type PassedOver = Vec<(&'static str, &'static str)>;
+
 /// How the backward of block-sparse attention is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackwardPlan {
@@ -41,17 +44,31 @@ impl BackwardPlan {
         problem: &AttentionProblem,
         device: &DeviceProperties,
     ) -> Result<Vec<Self>, ProblemError> {
+        Self::considered(problem, device).map(|(plans, _)| plans)
+    }
+
+    /// The plans of [`all`](Self::all), and why other engines have none.
+    fn considered(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+    ) -> Result<(Vec<Self>, PassedOver), ProblemError> {
         let mut plans = Vec::new();
+        #[cfg_attr(
+            not(feature = "cuda"),
+            allow(unused_mut, reason = "only Hopper's may have none")
+        )]
+        let mut passed_over = Vec::new();
         #[cfg(feature = "cuda")]
-        if let Ok(plan) = cubesla_cuda::backward::WgmmaBackwardPlan::new(problem, device) {
-            plans.push(Self::Wgmma(plan));
+        match cubesla_cuda::backward::WgmmaBackwardPlan::new(problem, device) {
+            Ok(plan) => plans.push(Self::Wgmma(plan)),
+            Err(reason) => passed_over.push(("wgmma", reason)),
         }
         match attention::BackwardPlan::all(problem, device) {
             Ok(portable) => plans.extend(portable.into_iter().map(Self::Tile)),
             Err(error) if plans.is_empty() => return Err(error),
             Err(_) => {}
         }
-        Ok(plans)
+        Ok((plans, passed_over))
     }
 
     /// Runs the plan; gradients in f32, or of an output gradient that bulk copies cannot read, fall
@@ -103,19 +120,23 @@ impl BackwardPlan {
         }
     }
 
-    /// Buffers for the gradients of the sparse branch: f32, but for those of `wgmma`, which writes the
-    /// inputs' type where it can read the output's gradient.
-    fn branch_gradients(
+    /// Runs the plan for the sparse branch of SLA: gradients in f32, but for those of `wgmma`, which
+    /// writes the inputs' type where it can read the output's gradient.
+    fn launch_branch(
         &self,
         client: &Client,
-        inputs: &BackwardInputs<'_>,
+        problem: &AttentionProblem,
+        inputs: BackwardInputs<'_>,
+        weights: Option<[&DeviceTensor<4>; 2]>,
     ) -> Result<Gradients, ProblemError> {
         let dtype = match self {
             #[cfg(feature = "cuda")]
             Self::Wgmma(_) if inputs.grad_out.is_aligned() => inputs.q.dtype(),
             _ => DType::F32,
         };
-        Gradients::empty(client, [inputs.q, inputs.k, inputs.v], dtype)
+        let grads = Gradients::empty(client, [inputs.q, inputs.k, inputs.v], dtype)?;
+        self.launch_weighted(client, problem, inputs, weights, grads.outputs())?;
+        Ok(grads)
     }
 }
 
@@ -158,15 +179,9 @@ impl SlaBackwardPlan {
         problem: &AttentionProblem,
         device: &DeviceProperties,
     ) -> Result<Vec<Self>, ProblemError> {
-        #[cfg(feature = "cuda")]
-        let passed_over = cubesla_cuda::backward::WgmmaBackwardPlan::new(problem, device)
-            .err()
-            .map(|reason| vec![("wgmma", reason)])
-            .unwrap_or_default();
-        #[cfg(not(feature = "cuda"))]
-        let passed_over = Vec::new();
-        let plans = BackwardPlan::all(problem, device)?.into_iter();
+        let (plans, passed_over) = BackwardPlan::considered(problem, device)?;
         Ok(plans
+            .into_iter()
             .map(|sparse| Self {
                 sparse,
                 passed_over: passed_over.clone(),
@@ -189,17 +204,14 @@ impl SlaBackwardPlan {
         inputs: SlaInputs<'_>,
         given: SlaBackward<'_>,
     ) -> Result<SlaGradients, ProblemError> {
-        let sparse_branch = |inputs: BackwardInputs<'_>| {
-            let grads = self.sparse.branch_gradients(client, &inputs)?;
-            self.sparse
-                .launch(client, problem, inputs, grads.outputs())?;
-            Ok(grads)
-        };
+        let sparse_branch =
+            |inputs: BackwardInputs<'_>| self.sparse.launch_branch(client, problem, inputs, None);
         sla::sla_backward(client, problem, inputs, given, sparse_branch)
     }
 
-    /// Runs the backward of [`ForwardPlan::launch_soft`](super::ForwardPlan::launch_soft), with types and sums as [`launch`](Self::launch)
-    /// has them: the gradients, and that of the weights, f32 `[B, Hq, M, N]`.
+    /// Runs the backward of [`ForwardPlan::launch_soft`](super::ForwardPlan::launch_soft), with types
+    /// and sums as [`launch`](Self::launch) has them: the gradients, and that of the weights, f32
+    /// `[B, Hq, M, N]`.
     ///
     /// # Errors
     /// A [`ProblemError`] that names the argument at fault.
@@ -214,11 +226,8 @@ impl SlaBackwardPlan {
     ) -> Result<(SlaGradients, DeviceTensor<4>), ProblemError> {
         let weights = inputs.weights;
         let sparse_branch = |inputs: BackwardInputs<'_>, grad: &DeviceTensor<4>| {
-            let grads = self.sparse.branch_gradients(client, &inputs)?;
             let weights = Some([weights, grad]);
-            self.sparse
-                .launch_weighted(client, problem, inputs, weights, grads.outputs())?;
-            Ok(grads)
+            self.sparse.launch_branch(client, problem, inputs, weights)
         };
         sla::soft_backward(client, problem, inputs, phi, saved, grad_out, sparse_branch)
     }
