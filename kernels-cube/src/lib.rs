@@ -23,7 +23,7 @@ mod softmax;
 mod tensor;
 
 pub use block_list::{BlockList, InverseBlockList};
-pub use dtype::DType;
+pub use dtype::{DType, F32Products, FactorType};
 pub use error::ProblemError;
 pub use problem::{AttentionOptions, AttentionProblem, Causal};
 pub use tensor::DeviceTensor;

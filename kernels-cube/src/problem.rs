@@ -1,6 +1,9 @@
 use core::fmt;
 
-use crate::{DType, DeviceTensor, ProblemError};
+use cubecl::ir::DeviceProperties;
+
+use crate::engine::{expect_simt, mma_supported};
+use crate::{DType, DeviceTensor, F32Products, FactorType, ProblemError};
 
 /// Which keys a query may see, element by element.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -36,16 +39,22 @@ pub struct AttentionOptions {
     pub block_q: usize,
     /// Keys per block, a multiple of 16 from 16 to 128.
     pub block_k: usize,
+    /// How attention, SLA and their gradients multiply f32 inputs. [`F32Products::Tf32`] is refused
+    /// for other inputs, in low bits, and on devices without such tensor cores. Scores of the router
+    /// are made in f32 all the same.
+    pub products: F32Products,
 }
 
 impl Default for AttentionOptions {
-    /// The papers' blocks of 128 queries by 64 keys, no causal mask, scale `1/sqrt(D)`.
+    /// The papers' blocks of 128 queries by 64 keys, no causal mask, scale `1/sqrt(D)`,
+    /// products of f32 in f32.
     fn default() -> Self {
         Self {
             scale: None,
             causal: Causal::None,
             block_q: 128,
             block_k: 64,
+            products: F32Products::F32,
         }
     }
 }
@@ -68,6 +77,7 @@ pub struct AttentionProblem {
     causal: Causal,
     block_q: usize,
     block_k: usize,
+    products: F32Products,
     aligned: bool,
 }
 
@@ -144,6 +154,13 @@ impl AttentionProblem {
                 return Err(ProblemError::TooLong { argument, len });
             }
         }
+        if options.products == F32Products::Tf32 && dtype != DType::F32 {
+            return Err(ProblemError::NotSupported {
+                what: format!("F32Products::Tf32 with {dtype} inputs"),
+                why: "it rounds f32 factors; tensor cores multiply those of 16 bits as they are, so leave \
+                      `products` at its default",
+            });
+        }
         let scale = options.scale.unwrap_or(1.0 / (head_dim as f32).sqrt());
         if !scale.is_finite() {
             return Err(ProblemError::Scale { scale });
@@ -161,6 +178,7 @@ impl AttentionProblem {
             causal: options.causal,
             block_q: options.block_q,
             block_k: options.block_k,
+            products: options.products,
             aligned: true,
         })
     }
@@ -225,6 +243,19 @@ impl AttentionProblem {
         self.block_k
     }
 
+    /// How products of f32 inputs are made.
+    pub fn products(&self) -> F32Products {
+        self.products
+    }
+
+    /// What the factors of products of inputs are.
+    pub fn factors(&self) -> FactorType {
+        match self.products {
+            F32Products::F32 => self.dtype.into(),
+            F32Products::Tf32 => FactorType::Tf32,
+        }
+    }
+
     /// Whether the rows of all inputs are contiguous and begin at multiples of 16 bytes.
     pub fn is_aligned(&self) -> bool {
         self.aligned
@@ -279,6 +310,29 @@ impl AttentionProblem {
             }
         }
         Ok(())
+    }
+
+    /// An error unless the device makes the products that were asked for.
+    ///
+    /// # Errors
+    /// [`ProblemError::NoPlan`] for products of tf32 on a device without them.
+    pub fn expect_products(&self, device: &DeviceProperties) -> Result<(), ProblemError> {
+        match (self.products, mma_supported(self.factors(), device)) {
+            (F32Products::Tf32, Err(reason)) => expect_simt(self.factors(), reason, device),
+            _ => Ok(()),
+        }
+    }
+
+    /// An error if products of tf32 are asked of an operation that has none.
+    pub(crate) fn refuse_tf32(&self, what: &'static str) -> Result<(), ProblemError> {
+        match self.products {
+            F32Products::F32 => Ok(()),
+            F32Products::Tf32 => Err(ProblemError::NotSupported {
+                what: format!("F32Products::Tf32 in {what}"),
+                why: "its products are of other formats; attention and SLA in full precision have those \
+                      of tf32",
+            }),
+        }
     }
 
     /// An error if a causal mask is asked of an operation that has none.

@@ -83,6 +83,7 @@ pub(crate) fn problem(
     }
     let problem = AttentionProblem::from_shapes(q.dims(), k.dims(), v.dims(), dtype, options)?;
     expect_supported(dtype, &client)?;
+    problem.expect_products(client.properties())?;
     Ok((problem, client))
 }
 

@@ -34,6 +34,9 @@ pub struct AttentionOutput {
 /// that sees no key is 0 with a log-sum-exp of `-inf`. A NaN or infinity spoils the rows that see
 /// it; in `v` under a causal mask, also rows that share a tile of keys with those.
 ///
+/// With [`F32Products::Tf32`](crate::F32Products::Tf32) among the options f32 inputs are multiplied by
+/// tensor cores, which round the factors to 10 bits of mantissa: errors are then of the order of 1e-4.
+///
 /// The plan is the table's unless [`plan::set_choice`] says otherwise.
 ///
 /// Source: SLA (arXiv 2509.24006), section 3; the reference is

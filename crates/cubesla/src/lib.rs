@@ -34,8 +34,8 @@ pub use cubesla_kernels::select::{
 };
 pub use cubesla_kernels::sla::{LinearMode, Precision, SlaInputs, SlaSaved, SoftInputs};
 pub use cubesla_kernels::{
-    AttentionOptions, AttentionProblem, BlockList, Causal, DType, DeviceTensor, InverseBlockList,
-    ProblemError,
+    AttentionOptions, AttentionProblem, BlockList, Causal, DType, DeviceTensor, F32Products,
+    InverseBlockList, ProblemError,
 };
 pub use error::Error;
 pub use host_list::{Bsr, FlexBlocks, HostBlockList, IndexNumber};

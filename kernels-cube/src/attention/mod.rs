@@ -34,7 +34,8 @@ use forward::{ForwardConfig, ForwardScalarsLaunch, block_sparse_forward};
 
 use crate::block_list::{expect_weights, weights_arg};
 use crate::engine::{
-    Mma, Simt, Tile, TileEngine, TileNeeds, mma_tile, mma_tiles, simt_tile, simt_tiles,
+    EngineKind, Mma, MmaTf32, Simt, Tile, TileEngine, TileNeeds, mma_tile, mma_tiles,
+    simt_supported, simt_tile, simt_tiles,
 };
 use crate::limits::{expect_dtype, expect_loop_budget, grid};
 use crate::problem::expect_contiguous;
@@ -47,6 +48,8 @@ pub enum ForwardPlan {
     Simt(Tile),
     /// Warp-level tensor cores.
     Mma(Tile),
+    /// The same with f32 rounded to tf32.
+    MmaTf32(Tile),
 }
 
 /// Inputs of the forward.
@@ -81,12 +84,14 @@ impl ForwardPlan {
         problem: &AttentionProblem,
         device: &DeviceProperties,
     ) -> Result<Self, &'static str> {
+        simt_supported(problem.factors())?;
         simt_tile(&needs(problem), &device.hardware)
             .map(Self::Simt)
             .ok_or("no tile of these head dimensions fits the shared memory")
     }
 
-    /// The plan for warp-level tensor cores.
+    /// The plan for warp-level tensor cores; those of f32 only if the problem's
+    /// [`products`](crate::AttentionOptions::products) are of tf32.
     ///
     /// # Errors
     /// Why they cannot run the problem on the device, in a few words.
@@ -100,7 +105,8 @@ impl ForwardPlan {
         if problem.value_dim() >= 128 && needs.max_cols.is_multiple_of(32) {
             needs.max_cols = 32;
         }
-        mma_tile(&needs, problem.dtype(), device).map(Self::Mma)
+        let tile = mma_tile(&needs, problem.factors(), device)?;
+        Ok(Self::of(EngineKind::mma(problem.factors()), tile))
     }
 
     /// The sane plans of this plan's engine for `problem`, itself first: of two, the faster depends on
@@ -112,14 +118,14 @@ impl ForwardPlan {
                 .take(3)
                 .map(Self::Simt)
                 .collect(),
-            Self::Mma(tile) => {
-                let tiles = mma_tiles(&needs, problem.dtype(), device).unwrap_or_default();
+            Self::Mma(tile) | Self::MmaTf32(tile) => {
+                let tiles = mma_tiles(&needs, problem.factors(), device).unwrap_or_default();
                 let near =
                     |other: &Tile| other.rows >= tile.rows && other.cols >= tile.cols.min(32);
                 // One stage leaves room for more cubes.
                 let single = Tile { stages: 1, ..*tile };
                 let near = tiles.into_iter().filter(near).chain([single]);
-                near.map(Self::Mma).collect()
+                near.map(|tile| Self::of(self.engine(), tile)).collect()
             }
         };
         let others = others.into_iter().filter(|other| other != self);
@@ -129,18 +135,30 @@ impl ForwardPlan {
     /// The tile program.
     pub fn tile(&self) -> Tile {
         match self {
-            Self::Simt(tile) | Self::Mma(tile) => *tile,
+            Self::Simt(tile) | Self::Mma(tile) | Self::MmaTf32(tile) => *tile,
+        }
+    }
+
+    fn engine(&self) -> EngineKind {
+        match self {
+            Self::Simt(_) => EngineKind::Simt,
+            Self::Mma(_) => EngineKind::Mma,
+            Self::MmaTf32(_) => EngineKind::MmaTf32,
+        }
+    }
+
+    fn of(engine: EngineKind, tile: Tile) -> Self {
+        match engine {
+            EngineKind::Simt => Self::Simt(tile),
+            EngineKind::Mma => Self::Mma(tile),
+            EngineKind::MmaTf32 => Self::MmaTf32(tile),
         }
     }
 }
 
 impl fmt::Display for ForwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = match self {
-            Self::Simt(_) => "simt",
-            Self::Mma(_) => "mma",
-        };
-        write!(f, "{name} {}", self.tile())
+        write!(f, "{} {}", self.engine(), self.tile())
     }
 }
 
@@ -153,6 +171,7 @@ fn needs(problem: &AttentionProblem) -> TileNeeds {
         max_rows: problem.block_q(),
         max_cols: problem.block_k(),
         max_stages: 3,
+        unit_bytes: 0,
     }
 }
 
@@ -213,6 +232,9 @@ pub fn launch_forward_weighted(
         }
         ForwardPlan::Mma(tile) => {
             launch::<Mma>(client, problem, *tile, inputs, weights, outputs, [8, 2])
+        }
+        ForwardPlan::MmaTf32(tile) => {
+            launch::<MmaTf32>(client, problem, *tile, inputs, weights, outputs, [4, 2])
         }
     }
 }

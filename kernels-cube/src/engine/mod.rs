@@ -23,9 +23,9 @@ mod stream;
 mod vectors;
 
 pub(crate) use mma::mma_supported;
-pub use mma::{Mma, mma_tile, mma_tiles};
-pub(crate) use simt::simt_shared_memory;
+pub use mma::{Mma, MmaTf32, mma_tile, mma_tiles};
 pub use simt::{Simt, simt_tile, simt_tiles};
+pub(crate) use simt::{simt_shared_memory, simt_supported};
 pub use stream::Streams;
 pub(crate) use vectors::{VectorRows, VectorRowsExpand};
 
@@ -36,13 +36,34 @@ use cubecl::prelude::*;
 
 use crate::linear::FeatureMap;
 use crate::rows::RowRange;
-use crate::{DType, ProblemError};
+use crate::{FactorType, ProblemError};
 
 /// Which engine runs a tile program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum EngineKind {
     Simt,
     Mma,
+    MmaTf32,
+}
+
+impl EngineKind {
+    /// The engine of warp-level tensor cores for these factors.
+    pub fn mma(factors: FactorType) -> Self {
+        match factors {
+            FactorType::Tf32 => Self::MmaTf32,
+            FactorType::F32 | FactorType::F16 | FactorType::BF16 => Self::Mma,
+        }
+    }
+}
+
+impl fmt::Display for EngineKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Simt => "simt",
+            Self::Mma => "mma",
+            Self::MmaTf32 => "mma tf32",
+        })
+    }
 }
 
 /// Sizes of a tile program, fixed when a kernel is compiled.
@@ -91,19 +112,36 @@ pub struct TileNeeds {
     pub max_cols: usize,
     /// Most stages that the program makes use of: 1 unless it reads through [`Streams`].
     pub max_stages: usize,
+    /// Bytes of shared memory that each unit takes besides, for sums over units.
+    pub unit_bytes: usize,
 }
 
 /// The fastest engine that can run tiles of these needs, with its sizes.
 pub(crate) fn engine_tile(
     needs: &TileNeeds,
-    dtype: DType,
+    factors: FactorType,
     device: &DeviceProperties,
 ) -> Result<(EngineKind, Tile), ProblemError> {
-    if let Ok(tile) = mma_tile(needs, dtype, device) {
-        return Ok((EngineKind::Mma, tile));
-    }
+    let reason = match mma_tile(needs, factors, device) {
+        Ok(tile) => return Ok((EngineKind::mma(factors), tile)),
+        Err(reason) => reason,
+    };
+    expect_simt(factors, reason, device)?;
     let tile = simt_tile(needs, &device.hardware).ok_or_else(|| no_tile(device))?;
     Ok((EngineKind::Simt, tile))
+}
+
+/// An error unless the portable engine makes products of these factors, which tensor cores do not for
+/// the reason `mma`.
+pub(crate) fn expect_simt(
+    factors: FactorType,
+    mma: &str,
+    device: &DeviceProperties,
+) -> Result<(), ProblemError> {
+    simt_supported(factors).map_err(|simt| ProblemError::NoPlan {
+        device: device.identity.name.clone(),
+        reason: format!("not mma: {mma}; not simt: {simt}"),
+    })
 }
 
 pub(crate) fn no_tile(device: &DeviceProperties) -> ProblemError {

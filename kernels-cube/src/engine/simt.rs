@@ -522,6 +522,14 @@ fn read_four<F: Float, N: Size>(
     value
 }
 
+/// Whether this engine makes products of these factors, or why not.
+pub(crate) fn simt_supported(factors: FactorType) -> Result<(), &'static str> {
+    match factors {
+        FactorType::Tf32 => Err("it multiplies f32 as it is, and tf32 was asked for"),
+        FactorType::F32 | FactorType::F16 | FactorType::BF16 => Ok(()),
+    }
+}
+
 /// Tiles in the order they are tried: (rows, columns).
 ///
 /// Larger tiles read each streamed row fewer times; the small ones exist for devices with 32 KiB of

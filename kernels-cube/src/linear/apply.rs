@@ -37,6 +37,7 @@ pub fn feature_rows(
         max_rows: 32,
         max_cols: 32,
         max_stages: 1,
+        unit_bytes: 0,
     };
     let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| ProblemError::NoPlan {
         device: device.identity.name.clone(),

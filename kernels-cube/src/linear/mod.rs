@@ -30,7 +30,7 @@ use output::{OutputConfig, linear_output};
 
 use crate::engine::*;
 use crate::limits::{expect_dtype, expect_loop_budget, grid};
-use crate::{AttentionOptions, AttentionProblem, DType, DeviceTensor, ProblemError};
+use crate::{AttentionOptions, AttentionProblem, DeviceTensor, FactorType, ProblemError};
 
 /// Keys of a chunk of the causal form: enough that states are few, few enough that most work is
 /// done through them.
@@ -71,7 +71,7 @@ pub fn linear_attention(
     } else {
         Chunks::Total
     };
-    let states = states(client, k, v, phi, chunks, problem.dtype())?;
+    let states = states(client, k, v, phi, chunks, problem.factors())?;
     let out = DeviceTensor::empty(client, problem.out_shape(), problem.dtype());
 
     let (d, dv) = (problem.head_dim(), problem.value_dim());
@@ -83,8 +83,9 @@ pub fn linear_attention(
         max_rows: 64,
         max_cols: 64,
         max_stages: 1,
+        unit_bytes: 4,
     };
-    let (engine, tile) = tile_of(&needs, &[d], problem.dtype(), device)?;
+    let (engine, tile) = tile_of(&needs, &[d], problem.factors(), device)?;
     let loads = (tile.cols * d.max(dv) / 4).div_ceil(tile.units);
     let tiles = d.div_ceil(tile.cols)
         + if causal {
@@ -114,6 +115,7 @@ pub fn linear_attention(
     match engine {
         EngineKind::Simt => job.launch::<Simt>(client, [4, 4])?,
         EngineKind::Mma => job.launch::<Mma>(client, [8, 2])?,
+        EngineKind::MmaTf32 => job.launch::<MmaTf32>(client, [4, 2])?,
     }
     Ok(out)
 }
@@ -122,7 +124,7 @@ pub fn linear_attention(
 pub(crate) fn tile_of(
     needs: &TileNeeds,
     rows: &[usize],
-    dtype: DType,
+    factors: FactorType,
     device: &cubecl::ir::DeviceProperties,
 ) -> Result<(EngineKind, Tile), ProblemError> {
     // The rows of a state are taken `cols` at a time, out of their number padded to 16.
@@ -136,14 +138,7 @@ pub(crate) fn tile_of(
         max_cols: [64, 32, 16].into_iter().find(divides).unwrap_or(16),
         ..needs.clone()
     };
-    if let Ok(tile) = mma_tile(&needs, dtype, device) {
-        return Ok((EngineKind::Mma, tile));
-    }
-    let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| ProblemError::NoPlan {
-        device: device.identity.name.clone(),
-        reason: "no tile of these head dimensions fits the shared memory".into(),
-    })?;
-    Ok((EngineKind::Simt, tile))
+    engine_tile(&needs, factors, device)
 }
 
 struct OutputJob<'a> {

@@ -11,7 +11,7 @@ use super::FeatureMap;
 use crate::engine::*;
 use crate::limits::{expect_buffer, expect_loop_budget, grid, line_grid};
 use crate::rows::{RowRange, RowTarget, store_rows};
-use crate::{DType, DeviceTensor, ProblemError};
+use crate::{DType, DeviceTensor, FactorType, ProblemError};
 
 /// States of each (batch, key head).
 #[derive(Clone, Debug)]
@@ -50,7 +50,7 @@ impl StatesPlan {
     /// The fastest engine that can.
     pub fn new(
         device: &DeviceProperties,
-        dtype: DType,
+        factors: FactorType,
         head_dim: usize,
         value_dim: usize,
     ) -> Result<Self, ProblemError> {
@@ -61,19 +61,22 @@ impl StatesPlan {
                 .find(|width| value_dim.is_multiple_of(*width))
                 .unwrap_or(8)
         };
-        if mma_supported(dtype, device).is_ok() {
-            let rows = head_dim.next_multiple_of(16);
-            return Ok(Self {
-                engine: EngineKind::Mma,
-                tile: Tile {
-                    rows,
-                    // Fewer waits for loads, where two cubes still share a multiprocessor.
-                    cols: if head_dim > 128 { 32 } else { 64 },
-                    units: 2 * rows,
-                    stages: 1,
-                },
-                width: widest(if head_dim > 128 { 64 } else { 128 }),
-            });
+        match mma_supported(factors, device) {
+            Ok(()) => {
+                let rows = head_dim.next_multiple_of(16);
+                return Ok(Self {
+                    engine: EngineKind::mma(factors),
+                    tile: Tile {
+                        rows,
+                        // Fewer waits for loads, where two cubes still share a multiprocessor.
+                        cols: if head_dim > 128 { 32 } else { 64 },
+                        units: 2 * rows,
+                        stages: 1,
+                    },
+                    width: widest(if head_dim > 128 { 64 } else { 128 }),
+                });
+            }
+            Err(reason) => expect_simt(factors, reason, device)?,
         }
         // Four rows of the states to a unit, or eight where cubes would be too large.
         let per_unit = if head_dim > 128 { 8 } else { 4 };
@@ -92,6 +95,7 @@ impl StatesPlan {
                 max_rows: head_dim,
                 max_cols: cols,
                 max_stages: 1,
+                unit_bytes: 0,
             };
             // Sums of columns take what is counted for reductions along rows; weights of rows are more.
             let bytes = simt_shared_memory(&needs, tile) + 4 * cols;
@@ -118,8 +122,10 @@ pub(crate) fn outer_sums(
     client: &Client,
     a: &DeviceTensor<4>,
     b: &DeviceTensor<4>,
+    factors: FactorType,
 ) -> Result<(DeviceTensor<2>, DeviceTensor<1>), ProblemError> {
-    let (partial, _) = partial_states(client, a, b, FeatureMap::Identity, Chunks::Total, None)?;
+    let (phi, chunks) = (FeatureMap::Identity, Chunks::Total);
+    let (partial, _) = partial_states(client, a, b, phi, chunks, None, factors)?;
     let [parts, heads, rows, columns] = partial.h.shape();
     let h = DeviceTensor::empty(client, [1, 1, rows, columns], DType::F32);
     let z = DeviceTensor::empty(client, [1, 1, rows, 1], DType::F32);
@@ -132,8 +138,8 @@ pub(crate) fn outer_sums(
     ))
 }
 
-/// Makes the states of `k [B, Hkv, Lk, D]` and `v [B, Hkv, Lk, Dv]`, summed in f32, `h` rounded to
-/// `dtype`.
+/// Makes the states of `k [B, Hkv, Lk, D]` and `v [B, Hkv, Lk, Dv]`, products of `factors` summed in
+/// f32, `h` rounded to their type.
 ///
 /// # Errors
 /// A [`ProblemError`] if no tile fits the device, or the states no buffer.
@@ -143,15 +149,19 @@ pub fn states(
     v: &DeviceTensor<4>,
     phi: FeatureMap,
     chunks: Chunks,
-    dtype: DType,
+    factors: FactorType,
 ) -> Result<States, ProblemError> {
     let [batch, heads, len, head_dim] = k.shape();
     let value_dim = v.shape()[3];
-    let (partial, count) = partial_states(client, k, v, phi, chunks, None)?;
+    let (partial, count) = partial_states(client, k, v, phi, chunks, None, factors)?;
     let prefix = matches!(chunks, Chunks::Prefix(_));
     let kept = if prefix { count } else { 1 };
     let total = States {
-        h: DeviceTensor::empty(client, [kept * batch, heads, head_dim, value_dim], dtype),
+        h: DeviceTensor::empty(
+            client,
+            [kept * batch, heads, head_dim, value_dim],
+            k.dtype(),
+        ),
         z: DeviceTensor::empty(client, [kept * batch, heads, head_dim, 1], DType::F32),
     };
     let scale = state_scale(len);
@@ -178,10 +188,11 @@ pub(crate) fn gradient_states(
     grad: &DeviceTensor<4>,
     phi: FeatureMap,
     by: Normalised<'_>,
+    factors: FactorType,
 ) -> Result<States, ProblemError> {
     let [batch, heads, len, head_dim] = q.shape();
     let kv_heads = by.z.shape()[1];
-    let (partial, count) = partial_states(client, q, grad, phi, Chunks::Total, Some(by))?;
+    let (partial, count) = partial_states(client, q, grad, phi, Chunks::Total, Some(by), factors)?;
     let total = States {
         h: DeviceTensor::empty(
             client,
@@ -205,13 +216,14 @@ fn partial_states(
     phi: FeatureMap,
     chunks: Chunks,
     normalised: Option<Normalised<'_>>,
+    factors: FactorType,
 ) -> Result<(States, usize), ProblemError> {
     let device = client.properties();
     let [batch, all_heads, len, head_dim] = k.shape();
     let heads = normalised.map_or(all_heads, |by| by.z.shape()[1]);
     let group = all_heads / heads;
     let value_dim = v.shape()[3];
-    let plan = StatesPlan::new(device, k.dtype(), head_dim, value_dim)?;
+    let plan = StatesPlan::new(device, factors, head_dim, value_dim)?;
     let chunk = match chunks {
         Chunks::Prefix(chunk) => chunk,
         // Some cubes to each multiprocessor, and few enough sums to add.
@@ -253,6 +265,7 @@ fn partial_states(
     match plan.engine {
         EngineKind::Simt => job.launch::<Simt>(client, [4, 4])?,
         EngineKind::Mma => job.launch::<Mma>(client, [8, 2])?,
+        EngineKind::MmaTf32 => job.launch::<MmaTf32>(client, [4, 2])?,
     }
     Ok((partial, count))
 }

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::{RouterWeights, pooled_inputs, product, shared_by_heads};
 use crate::block_list::expect_scores;
 use crate::linear::{outer_sums, weighted_by_key, weighted_by_query};
-use crate::{AttentionProblem, DeviceTensor, ProblemError};
+use crate::{AttentionProblem, DeviceTensor, FactorType, ProblemError};
 
 /// What [`router_backward`] returns, f32 `[D, D]` each.
 #[derive(Clone, Debug)]
@@ -41,7 +41,7 @@ pub fn router_backward(
     let da = weighted_by_query(client, grad, &b, false, scale)?;
     let db = weighted_by_key(client, grad, &a, problem.kv_heads(), false, scale)?;
     Ok(RouterGradients {
-        wq: outer_sums(client, &da, &pooled_q)?.0,
-        wk: outer_sums(client, &db, &pooled_k)?.0,
+        wq: outer_sums(client, &da, &pooled_q, FactorType::F32)?.0,
+        wk: outer_sums(client, &db, &pooled_k, FactorType::F32)?.0,
     })
 }

@@ -26,6 +26,7 @@ pub(crate) fn product(
         max_rows: 64,
         max_cols: 32,
         max_stages: 1,
+        unit_bytes: 0,
     };
     let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| ProblemError::NoPlan {
         device: device.identity.name.clone(),

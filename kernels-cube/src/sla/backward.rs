@@ -134,8 +134,16 @@ pub fn sla_backward(
         Combination::Sla { wl, .. } => {
             let wl = transposed(client, wl, problem.dtype());
             let linear = DeviceTensor::empty(client, problem.out_shape(), problem.dtype());
-            multiply_rows(client, grad_out, &wl, &linear, 1.0, false)?;
-            let (wl, bl) = outer_sums(client, grad_out, &saved.linear)?;
+            multiply_rows(
+                client,
+                grad_out,
+                &wl,
+                &linear,
+                1.0,
+                false,
+                problem.factors(),
+            )?;
+            let (wl, bl) = outer_sums(client, grad_out, &saved.linear, problem.factors())?;
             BranchGradients {
                 sparse: grad_out.clone(),
                 linear,

@@ -35,7 +35,7 @@ use forward::{
 use low_bit::{SparseBranch, sparse_branch};
 
 use crate::attention::low_bit_tile;
-use crate::engine::{EngineKind, Mma, Simt, Tile, TileEngine, TileNeeds};
+use crate::engine::{EngineKind, Mma, MmaTf32, Simt, Tile, TileEngine, TileNeeds};
 use crate::limits::{expect_bindings, expect_dtype, expect_loop_budget, grid};
 use crate::linear::{Chunks, FeatureMap, States, feature_rows, state_scale, states, tile_of};
 use crate::problem::expect_f32;
@@ -115,6 +115,7 @@ pub fn check_sla(
 ) -> Result<(), ProblemError> {
     problem.refuse_causal()?;
     expect_dtype(client.properties(), problem.dtype())?;
+    problem.expect_products(client.properties())?;
     problem.expect_inputs(inputs.q, inputs.k, inputs.v)?;
     inputs.critical.expect_problem(problem)?;
     if let Some(negligible) = inputs.negligible {
@@ -197,8 +198,9 @@ pub fn sla_forward(
         max_rows: problem.block_q(),
         max_cols: problem.block_k(),
         max_stages: 1,
+        unit_bytes: 4,
     };
-    let (engine, tile) = tile_of(&needs, &[d], problem.dtype(), client.properties())?;
+    let (engine, tile) = tile_of(&needs, &[d], problem.factors(), client.properties())?;
     let second_width = second.as_ref().map_or(0, BlockList::width);
     let iterations = loop_iterations(problem, tile, critical.width() + second_width);
     expect_loop_budget(client.properties(), "sparse-linear attention", iterations)?;
@@ -209,7 +211,7 @@ pub fn sla_forward(
     let (phi_k, states) = match form {
         LinearForm::Global => (
             None,
-            states(client, k, v, phi, Chunks::Total, problem.dtype())?,
+            states(client, k, v, phi, Chunks::Total, problem.factors())?,
         ),
         LinearForm::Subtract => {
             let phi_k = feature_rows(client, k, phi)?;
@@ -219,7 +221,7 @@ pub fn sla_forward(
                 v,
                 FeatureMap::Identity,
                 Chunks::Total,
-                problem.dtype(),
+                problem.factors(),
             )?;
             (Some(phi_k), states)
         }
@@ -269,6 +271,7 @@ pub fn sla_forward(
     match engine {
         EngineKind::Simt => job.launch::<Simt>([4, 4]),
         EngineKind::Mma => job.launch::<Mma>([8, 2]),
+        EngineKind::MmaTf32 => job.launch::<MmaTf32>([4, 2]),
     }
 }
 

@@ -104,6 +104,7 @@ impl SparseLinearAttentionConfig {
             causal: Causal::None,
             block_q: self.block_q,
             block_k: self.block_k,
+            ..AttentionOptions::default()
         }
     }
 

@@ -7,6 +7,7 @@ const OPTIONS: AttentionOptions = AttentionOptions {
     causal: cubesla::Causal::None,
     block_q: 32,
     block_k: 32,
+    products: cubesla::F32Products::F32,
 };
 
 /// A file of zeros, given as (name, type, shape).

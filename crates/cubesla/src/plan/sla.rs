@@ -6,7 +6,7 @@ use cubecl::client::Client;
 use cubecl::ir::DeviceProperties;
 use cubesla_kernels::linear::FeatureMap;
 use cubesla_kernels::sla::{self, Combination, LinearMode, Precision, SlaInputs, SlaOutput};
-use cubesla_kernels::{AttentionProblem, ProblemError};
+use cubesla_kernels::{AttentionProblem, F32Products, ProblemError};
 
 use super::write_passed_over;
 
@@ -27,8 +27,8 @@ pub enum SlaEngine {
     /// Hopper's warpgroup products and bulk copies.
     #[cfg(feature = "cuda")]
     Wgmma(cubesla_cuda::sla::WgmmaSlaPlan),
-    /// The portable kernels.
-    Tile,
+    /// The portable kernels, and how they multiply f32 inputs.
+    Tile(F32Products),
 }
 
 impl SlaPlan {
@@ -45,11 +45,11 @@ impl SlaPlan {
             let formats = precision.formats();
             match cubesla_cuda::sla::WgmmaSlaPlan::new(problem, device, projects, formats) {
                 Ok(plan) => (SlaEngine::Wgmma(plan), Vec::new()),
-                Err(reason) => (SlaEngine::Tile, vec![("wgmma", reason)]),
+                Err(reason) => (SlaEngine::Tile(problem.products()), vec![("wgmma", reason)]),
             }
         };
         #[cfg(not(feature = "cuda"))]
-        let (engine, passed_over) = (SlaEngine::Tile, Vec::new());
+        let (engine, passed_over) = (SlaEngine::Tile(problem.products()), Vec::new());
         Self {
             engine,
             precision,
@@ -85,7 +85,7 @@ impl SlaPlan {
                     save,
                 )
             }
-            SlaEngine::Tile => sla::sla_forward(
+            SlaEngine::Tile(_) => sla::sla_forward(
                 client,
                 problem,
                 inputs,
@@ -104,7 +104,8 @@ impl fmt::Display for SlaPlan {
         match &self.engine {
             #[cfg(feature = "cuda")]
             SlaEngine::Wgmma(plan) => write!(f, "{}", plan.forward)?,
-            SlaEngine::Tile => write!(f, "portable")?,
+            SlaEngine::Tile(F32Products::F32) => write!(f, "portable")?,
+            SlaEngine::Tile(F32Products::Tf32) => write!(f, "portable tf32")?,
         }
         write_passed_over(f, &self.passed_over)
     }

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use cubecl::client::Client;
 use cubesla_kernels::attention::{ForwardInputs, ForwardOutputs};
-use cubesla_kernels::{AttentionProblem, BlockList, Causal, DType, DeviceTensor, ProblemError};
+use cubesla_kernels::{
+    AttentionProblem, BlockList, Causal, DType, DeviceTensor, F32Products, ProblemError,
+};
 
 use super::ForwardPlan;
 use super::answers::{Answers, CacheFault};
@@ -65,9 +67,13 @@ impl fmt::Display for Kind<'_> {
             *width,
         ]
         .map(usize::next_power_of_two);
+        let products = match problem.products() {
+            F32Products::F32 => "",
+            F32Products::Tf32 => " by tf32",
+        };
         write!(
             f,
-            "{} D={} Dv={} blocks {}x{} causal {} B*Hq={heads} Lq={queries} Lk={keys} list {width}",
+            "{}{products} D={} Dv={} blocks {}x{} causal {} B*Hq={heads} Lq={queries} Lk={keys} list {width}",
             problem.dtype(),
             problem.head_dim(),
             problem.value_dim(),

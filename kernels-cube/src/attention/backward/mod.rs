@@ -31,7 +31,10 @@ use query::query_gradient;
 
 use super::forward::ForwardScalarsLaunch;
 use crate::block_list::{expect_weights, weights_arg};
-use crate::engine::{EngineKind, Mma, Simt, Tile, TileEngine, TileNeeds, mma_tile, simt_tile};
+use crate::engine::{
+    EngineKind, Mma, MmaTf32, Simt, Tile, TileEngine, TileNeeds, mma_tile, simt_supported,
+    simt_tile,
+};
 use crate::limits::{expect_bindings, expect_dtype, expect_loop_budget, grid};
 use crate::problem::expect_shape;
 use crate::{
@@ -131,15 +134,16 @@ impl BackwardPlan {
     }
 
     fn mma(problem: &AttentionProblem, device: &DeviceProperties) -> Result<Self, &'static str> {
-        let tile = |needs| mma_tile(&needs, problem.dtype(), device);
+        let tile = |needs| mma_tile(&needs, problem.factors(), device);
         Ok(Self {
-            engine: EngineKind::Mma,
+            engine: EngineKind::mma(problem.factors()),
             query: tile(query_needs(problem))?,
             key: tile(key_needs(problem))?,
         })
     }
 
     fn simt(problem: &AttentionProblem, device: &DeviceProperties) -> Result<Self, &'static str> {
+        simt_supported(problem.factors())?;
         let tile = |needs| {
             simt_tile(&needs, &device.hardware)
                 .ok_or("no tile of these head dimensions fits the shared memory")
@@ -154,11 +158,7 @@ impl BackwardPlan {
 
 impl fmt::Display for BackwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = match self.engine {
-            EngineKind::Simt => "simt",
-            EngineKind::Mma => "mma",
-        };
-        write!(f, "{name} dq {}; dk dv {}", self.query, self.key)
+        write!(f, "{} dq {}; dk dv {}", self.engine, self.query, self.key)
     }
 }
 
@@ -172,6 +172,7 @@ fn query_needs(problem: &AttentionProblem) -> TileNeeds {
         max_rows: problem.block_q(),
         max_cols: problem.block_k(),
         max_stages: 3,
+        unit_bytes: 0,
     }
 }
 
@@ -312,6 +313,10 @@ pub fn launch_backward_weighted(
         EngineKind::Mma => {
             job.launch_query::<Mma>([8, 2])?;
             job.launch_key::<Mma>([8, 2])?;
+        }
+        EngineKind::MmaTf32 => {
+            job.launch_query::<MmaTf32>([4, 2])?;
+            job.launch_key::<MmaTf32>([4, 2])?;
         }
     }
     let Some([weights, grad]) = weights else {

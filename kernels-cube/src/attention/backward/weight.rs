@@ -59,8 +59,9 @@ impl WeightJob<'_> {
             max_rows: problem.block_q(),
             max_cols: problem.block_k(),
             max_stages: 1,
+            unit_bytes: 4,
         };
-        let (engine, tile) = engine_tile(&needs, problem.dtype(), device)?;
+        let (engine, tile) = engine_tile(&needs, problem.factors(), device)?;
         let loads = |rows: usize| (rows * (d + dv) / 4).div_ceil(tile.units) + 4;
         let columns = problem.block_k().div_ceil(tile.cols) * (loads(tile.cols) + (d + dv) / 4);
         let rows = problem.block_q().div_ceil(tile.rows);
@@ -78,6 +79,7 @@ impl WeightJob<'_> {
         match engine {
             EngineKind::Simt => self.launch::<Simt>(client, problem, config, 4),
             EngineKind::Mma => self.launch::<Mma>(client, problem, config, 8),
+            EngineKind::MmaTf32 => self.launch::<MmaTf32>(client, problem, config, 4),
         }
     }
 

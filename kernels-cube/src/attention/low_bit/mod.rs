@@ -89,6 +89,7 @@ pub(crate) fn low_bit_tile(
     list: &BlockList,
     formats: LowBitFormats,
 ) -> Result<Tile, ProblemError> {
+    problem.refuse_tf32("low-bit attention")?;
     let device = client.properties();
     expect_bindings(device, "low-bit attention", 13)?;
     let (d, dv) = (problem.head_dim(), problem.value_dim());
@@ -105,6 +106,7 @@ pub(crate) fn low_bit_tile(
         max_rows: problem.block_q(),
         max_cols: problem.block_k(),
         max_stages: 1,
+        unit_bytes: 0,
     };
     let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| no_tile(device))?;
     let iterations = loop_iterations(problem, tile, list);

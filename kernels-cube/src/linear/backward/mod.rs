@@ -151,12 +151,13 @@ pub(crate) fn linear_gradients(
     let dphi_k = DeviceTensor::empty(client, phi_k.shape(), DType::F32);
     let dv = DeviceTensor::empty(client, v.shape(), DType::F32);
     if taken == Taken::Unlisted {
+        let factors = problem.factors();
         let total = |a, b| {
-            let dtype = problem.dtype();
-            states(client, a, b, FeatureMap::Identity, Chunks::Total, dtype).map(|total| total.h)
+            let (phi, chunks) = (FeatureMap::Identity, Chunks::Total);
+            states(client, a, b, phi, chunks, factors).map(|total| total.h)
         };
         let h = total(&phi_k, v)?;
-        multiply_rows(client, grad_out, &h, &dphi_q, 1.0, false)?;
+        multiply_rows(client, grad_out, &h, &dphi_q, 1.0, false, factors)?;
         // The query heads of a group follow each other, so that their rows are one key head's.
         let rows = problem.query_len() * problem.query_heads() / problem.kv_heads();
         let by_key_head = |x: &DeviceTensor<4>| {
@@ -165,9 +166,9 @@ pub(crate) fn linear_gradients(
         };
         let dh = total(&by_key_head(&qn)?, &by_key_head(grad_out)?)?;
         let factor = scale / state_scale(rows);
-        multiply_rows(client, v, &dh, &dphi_k, factor, false)?;
+        multiply_rows(client, v, &dh, &dphi_k, factor, false, factors)?;
         let dh = transposed_states(client, &dh)?;
-        multiply_rows(client, &phi_k, &dh, &dv, factor, false)?;
+        multiply_rows(client, &phi_k, &dh, &dv, factor, false, factors)?;
     }
     let factor = if taken == Taken::Listed {
         scale
@@ -182,6 +183,9 @@ pub(crate) fn linear_gradients(
         }
         EngineKind::Mma => {
             job.launch_key::<Mma>(tensors, &inverse, [&dphi_k, &dv], factor, [8, 2])?;
+        }
+        EngineKind::MmaTf32 => {
+            job.launch_key::<MmaTf32>(tensors, &inverse, [&dphi_k, &dv], factor, [4, 2])?;
         }
     }
 
@@ -272,6 +276,7 @@ impl<'a> WalkJob<'a> {
             max_rows: problem.block_q(),
             max_cols: problem.block_k(),
             max_stages: 3,
+            unit_bytes: 0,
         };
         let key = TileNeeds {
             owned: vec![d, dv],
@@ -281,12 +286,18 @@ impl<'a> WalkJob<'a> {
             max_cols: problem.block_q(),
             ..query.clone()
         };
-        let mma = [&query, &key].map(|needs| mma_tile(needs, problem.dtype(), device));
+        let factors = problem.factors();
+        let mma = [&query, &key].map(|needs| mma_tile(needs, factors, device));
         let simt = [&query, &key].map(|needs| simt_tile(needs, &device.hardware));
         let (engine, query_tile, key_tile) = match (mma, simt) {
-            ([Ok(query), Ok(key)], _) => (EngineKind::Mma, query, key),
-            (_, [Some(query), Some(key)]) => (EngineKind::Simt, query, key),
-            _ => return Err(no_tile(device)),
+            ([Ok(query), Ok(key)], _) => (EngineKind::mma(factors), query, key),
+            ([Err(reason), _] | [_, Err(reason)], simt) => {
+                expect_simt(factors, reason, device)?;
+                let [Some(query), Some(key)] = simt else {
+                    return Err(no_tile(device));
+                };
+                (EngineKind::Simt, query, key)
+            }
         };
         let config = |tile| WalkConfig {
             tile,
@@ -352,6 +363,7 @@ impl<'a> WalkJob<'a> {
         match self.engine {
             EngineKind::Simt => self.launch_query::<Simt>(tensors, dphi, factor, [4, 4]),
             EngineKind::Mma => self.launch_query::<Mma>(tensors, dphi, factor, [8, 2]),
+            EngineKind::MmaTf32 => self.launch_query::<MmaTf32>(tensors, dphi, factor, [4, 2]),
         }
     }
 

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use crate::engine::*;
 use crate::limits::{expect_loop_budget, grid};
 use crate::rows::{RowRange, RowTarget, add_rows, store_rows};
-use crate::{DeviceTensor, ProblemError};
+use crate::{DeviceTensor, FactorType, ProblemError};
 
 /// `out = factor a b^T`, added to what `out` holds if `accumulate`: `a [B, H, L, W]` and
 /// `b [B', H', C, W]` of one type and any strides, where `H'` divides `H` and a size of 1 for `B'`
@@ -17,6 +17,7 @@ pub(crate) fn multiply_rows(
     out: &DeviceTensor<4>,
     factor: f32,
     accumulate: bool,
+    factors: FactorType,
 ) -> Result<(), ProblemError> {
     let width = a.shape()[3];
     let device = client.properties();
@@ -28,8 +29,9 @@ pub(crate) fn multiply_rows(
         max_rows: 64,
         max_cols: 64,
         max_stages: 1,
+        unit_bytes: 0,
     };
-    let (engine, tile) = engine_tile(&needs, a.dtype(), device)?;
+    let (engine, tile) = engine_tile(&needs, factors, device)?;
     let loads = (tile.rows.max(tile.cols) * width / 4).div_ceil(tile.units);
     expect_loop_budget(device, "rows times a state", 2 * loads + width)?;
     let job = ProductJob {
@@ -47,6 +49,7 @@ pub(crate) fn multiply_rows(
     match engine {
         EngineKind::Simt => job.launch::<Simt>(client, [4, 1]),
         EngineKind::Mma => job.launch::<Mma>(client, [8, 2]),
+        EngineKind::MmaTf32 => job.launch::<MmaTf32>(client, [4, 2]),
     }
 }
 

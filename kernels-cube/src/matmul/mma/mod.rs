@@ -126,7 +126,7 @@ pub(super) fn takes<const R: usize>(
     let [rows, len] = x.shape();
     let scale_len = w.granularity().region(w.matrix())[1];
     rows <= MAX_ROWS
-        && mma_supported(x.dtype(), device).is_ok()
+        && mma_supported(x.dtype().into(), device).is_ok()
         && x.is_aligned()
         && len.is_multiple_of(8)
         && (scale_len >= len || scale_len.is_multiple_of(step_len(w.format())))

@@ -33,7 +33,7 @@ pub(crate) fn global_gradients(
     others: &Gradients,
 ) -> Result<Gradients, ProblemError> {
     let job = RowJob::new(client, problem, phi, others)?;
-    let of_keys = states(client, k, v, phi, Chunks::Total, problem.dtype())?;
+    let of_keys = states(client, k, v, phi, Chunks::Total, problem.factors())?;
     let h = transposed_states(client, &of_keys.h)?;
     let [batch, heads, len, _] = problem.out_shape();
     let delta = DeviceTensor::empty(client, [batch, heads, len], DType::F32);
@@ -43,7 +43,7 @@ pub(crate) fn global_gradients(
         z: &of_keys.z,
         weights: &delta,
     };
-    let of_queries = gradient_states(client, q, grad_out, phi, by)?;
+    let of_queries = gradient_states(client, q, grad_out, phi, by, problem.factors())?;
     let dh = transposed_states(client, &of_queries.h)?;
     let rows = len * heads / problem.kv_heads();
     let factor = state_scale(problem.key_len()) / state_scale(rows);
@@ -122,14 +122,15 @@ impl<'a> RowJob<'a> {
             max_rows: 64,
             max_cols: 64,
             max_stages: 1,
+            unit_bytes: 4,
         };
         let key = TileNeeds {
             streamed: vec![d, dv],
             accumulators: vec![d.max(dv)],
             ..query.clone()
         };
-        let (query_engine, query) = tile_of(&query, &[dv], problem.dtype(), device)?;
-        let (key_engine, key) = tile_of(&key, &[d, dv], problem.dtype(), device)?;
+        let (query_engine, query) = tile_of(&query, &[dv], problem.factors(), device)?;
+        let (key_engine, key) = tile_of(&key, &[d, dv], problem.factors(), device)?;
         for tile in [query, key] {
             let loads = (tile.rows.max(tile.cols) * d.max(dv) / 4).div_ceil(tile.units);
             let steps = d.div_ceil(tile.cols) + dv.div_ceil(tile.cols);
@@ -163,6 +164,7 @@ impl<'a> RowJob<'a> {
         match self.engines[0] {
             EngineKind::Simt => self.launch_query::<Simt>(tensors, z, delta, [4, 4]),
             EngineKind::Mma => self.launch_query::<Mma>(tensors, z, delta, [8, 2]),
+            EngineKind::MmaTf32 => self.launch_query::<MmaTf32>(tensors, z, delta, [4, 2]),
         }
     }
 
@@ -213,6 +215,7 @@ impl<'a> RowJob<'a> {
         match self.engines[1] {
             EngineKind::Simt => self.launch_key::<Simt>(tensors, dz, factor, [4, 4]),
             EngineKind::Mma => self.launch_key::<Mma>(tensors, dz, factor, [8, 2]),
+            EngineKind::MmaTf32 => self.launch_key::<MmaTf32>(tensors, dz, factor, [4, 2]),
         }
     }
 
