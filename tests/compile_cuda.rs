@@ -14,6 +14,7 @@ use cubesla::{
     quantized_matmul_backward, route, select_blocks, soft_top_k, soft_top_k_backward, top_k,
     upload, weight_only_matmul,
 };
+use cubesla_kernels::FactorType;
 use cubesla_kernels::attention::{self, ForwardInputs};
 use harness::low_bit::FORMATS;
 use harness::sla::Combine;
@@ -56,7 +57,9 @@ fn compile_attention(client: &Client) {
         for (plan, _) in case.run_all(client, &inputs) {
             println!(
                 "{} D={} Dv={}: {plan}",
-                case.dtype, case.head_dim, case.value_dim
+                case.factors(),
+                case.head_dim,
+                case.value_dim
             );
         }
         let list = inputs.list.upload(client);
@@ -67,7 +70,9 @@ fn compile_attention(client: &Client) {
             for (plan, _) in case.run_backward(client, &inputs, &case.grad_out()) {
                 println!(
                     "{} D={} Dv={}: backward {plan}",
-                    case.dtype, case.head_dim, case.value_dim
+                    case.factors(),
+                    case.head_dim,
+                    case.value_dim
                 );
             }
         }
@@ -76,7 +81,11 @@ fn compile_attention(client: &Client) {
             let weights = vec![0.5; case.list_shape().iter().product()];
             let mut firsts = case.run_soft(client, &inputs, &weights, &case.grad_out());
             let (plans, _) = firsts.swap_remove(0);
-            println!("{} D={}: soft attention {plans}", case.dtype, case.head_dim);
+            println!(
+                "{} D={}: soft attention {plans}",
+                case.factors(),
+                case.head_dim
+            );
         }
         // The operations of both branches have many kernels of each shape: one shape will do.
         let rescaled = case.options.scale.is_some();
@@ -102,7 +111,7 @@ fn compile_candidates(client: &Client, case: AttentionCase) {
         plans.map(forward).collect()
     };
     for (plan, _) in case.run_plans(client, &case.inputs(), candidates) {
-        println!("{} D={}: candidate {plan}", case.dtype, case.head_dim);
+        println!("{} D={}: candidate {plan}", case.factors(), case.head_dim);
     }
 }
 
@@ -127,11 +136,11 @@ fn compile_both_branches(client: &Client, attention: AttentionCase) {
             };
             let (inputs, grad_out) = (case.inputs(), attention.grad_out());
             for (plan, _) in case.run_backward_all(client, &inputs, &grad_out) {
-                println!("{} {linear:?}: backward of SLA {plan}", attention.dtype);
+                println!("{} {linear:?}: backward of SLA {plan}", attention.factors());
             }
             if combine != Combine::Sla {
                 for (plans, _) in SoftCase(case).run_all(client, &inputs, &grad_out) {
-                    println!("{}: soft masks {plans}", attention.dtype);
+                    println!("{}: soft masks {plans}", attention.factors());
                 }
             }
         }
@@ -143,6 +152,10 @@ fn compile_sla(client: &Client, case: &SlaCase) {
     let inputs = case.inputs();
     for save in [false, true] {
         case.run(client, &inputs, save);
+    }
+    if case.attention.factors() == FactorType::Tf32 {
+        // What follows has no products of tf32.
+        return;
     }
     let low_bit = SlaCase {
         precision: Precision::Int8Fp8,

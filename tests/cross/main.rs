@@ -14,5 +14,6 @@ mod sla;
 mod sla_backward;
 mod sla_low_bit;
 mod soft;
+mod tf32;
 mod training;
 mod tune;

@@ -2,6 +2,7 @@
 
 use cubesla::plan::BackwardPlan;
 use cubesla::{AttentionProblem, Client, DType};
+use cubesla_kernels::FactorType;
 use cubesla_kernels::attention::{BackwardInputs, BackwardOutputs};
 use cubesla_reference::{Tensor, attention, relative_error};
 
@@ -91,10 +92,10 @@ impl AttentionCase {
         let forward = attention::forward(&q, &k, &v, &weights, scale, causal);
         let exact = attention::backward(&q, &k, &v, &weights, scale, causal, &forward, &dout);
         let plain =
-            plain::attention_backward(&q, &k, &v, &weights, scale, causal, &dout, self.dtype);
+            plain::attention_backward(&q, &k, &v, &weights, scale, causal, &dout, self.factors());
         let exact = [exact.dq, exact.dk, exact.dv];
         for (at, what) in ["dq", "dk", "dv"].into_iter().enumerate() {
-            let bound = plain::gradient_bound(&plain[at], &exact[at], self.dtype);
+            let bound = plain::gradient_bound(&plain[at], &exact[at], self.factors());
             let error = relative_error(&wide(&found[at]), exact[at].data());
             assert!(
                 error <= bound,
@@ -143,10 +144,10 @@ impl AttentionCase {
 }
 
 /// Half the distance from 1 to the next number.
-pub fn epsilon(dtype: DType) -> f64 {
-    match dtype {
-        DType::F32 => 2f64.powi(-24),
-        DType::F16 => 2f64.powi(-11),
-        DType::BF16 => 2f64.powi(-8),
+pub fn epsilon(dtype: impl Into<FactorType>) -> f64 {
+    match dtype.into() {
+        FactorType::F32 => 2f64.powi(-24),
+        FactorType::Tf32 | FactorType::F16 => 2f64.powi(-11),
+        FactorType::BF16 => 2f64.powi(-8),
     }
 }

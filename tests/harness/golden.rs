@@ -1,6 +1,6 @@
 //! The problems whose plans are written down, and whose kernels are compiled for every architecture.
 
-use cubesla::{AttentionOptions, Causal, DType, FeatureMap, LinearMode, Precision};
+use cubesla::{AttentionOptions, Causal, DType, F32Products, FeatureMap, LinearMode, Precision};
 
 use crate::sla::Combine;
 use crate::{AttentionCase, Lists, SlaCase};
@@ -32,6 +32,16 @@ pub fn forward_cases() -> Vec<AttentionCase> {
         cases.push(case(dtype, 96, 40, 48, 80, Causal::None));
         cases.push(case(dtype, 64, 64, 16, 16, Causal::None));
     }
+    let of_tf32 = |case: &AttentionCase| AttentionCase {
+        options: AttentionOptions {
+            products: F32Products::Tf32,
+            ..case.options
+        },
+        ..*case
+    };
+    let exact = cases.iter().filter(|case| case.dtype == DType::F32);
+    let rounded: Vec<_> = exact.map(of_tf32).collect();
+    cases.extend(rounded);
     let strided = case(DType::BF16, 128, 128, 128, 64, Causal::None);
     let negative = AttentionOptions {
         scale: Some(-1.0),
@@ -47,11 +57,13 @@ pub fn forward_cases() -> Vec<AttentionCase> {
 /// The branches and their combinations, in the forms that differ in their kernels.
 pub fn sla_cases() -> Vec<SlaCase> {
     let mut cases = Vec::new();
-    for (dtype, dim, value_dim, block_k) in [
-        (DType::F32, 64, 64, 64),
-        (DType::F16, 72, 96, 32),
-        (DType::BF16, 64, 64, 64),
-        (DType::BF16, 128, 128, 64),
+    let exact = F32Products::F32;
+    for (dtype, products, dim, value_dim, block_k) in [
+        (DType::F32, exact, 64, 64, 64),
+        (DType::F32, F32Products::Tf32, 64, 64, 64),
+        (DType::F16, exact, 72, 96, 32),
+        (DType::BF16, exact, 64, 64, 64),
+        (DType::BF16, exact, 128, 128, 64),
     ] {
         for (combine, linear, phi, lists) in [
             (Combine::Sla, LinearMode::Global, FeatureMap::Softmax, 1),
@@ -72,6 +84,7 @@ pub fn sla_cases() -> Vec<SlaCase> {
             let options = AttentionOptions {
                 block_q: 128,
                 block_k,
+                products,
                 ..AttentionOptions::default()
             };
             cases.push(SlaCase {

@@ -1,6 +1,9 @@
 //! What an unfused computation in low precision would give, which sets the bounds.
+//!
+//! Inputs are stored in that precision too: for types of 16 bits they are already, and where f32 is
+//! multiplied as tf32 it is what products do to them.
 
-use cubesla::DType;
+use cubesla_kernels::FactorType;
 use cubesla_reference::attention::Causal;
 use cubesla_reference::blocks::BlockWeights;
 use cubesla_reference::linear::FeatureMap;
@@ -17,8 +20,10 @@ pub fn attention(
     weights: &BlockWeights,
     scale: f64,
     causal: Causal,
-    dtype: DType,
+    dtype: impl Into<FactorType>,
 ) -> Tensor {
+    let dtype = dtype.into();
+    let [q, k, v] = &[q, k, v].map(|x| stored(x, dtype));
     let [batch, heads, query_len, _] = q.shape();
     let [_, kv_heads, key_len, value_dim] = v.shape();
     let stored = |x: f64| f64::from(rounded(x as f32, dtype));
@@ -70,8 +75,10 @@ pub fn linear(
     phi: FeatureMap,
     weights: &BlockWeights,
     causal: Causal,
-    dtype: DType,
+    dtype: impl Into<FactorType>,
 ) -> Tensor {
+    let dtype = dtype.into();
+    let [q, k, v] = &[q, k, v].map(|x| stored(x, dtype));
     let [batch, heads, query_len, dim] = q.shape();
     let [_, kv_heads, key_len, value_dim] = v.shape();
     let round = |x: f64| f64::from(rounded(x as f32, dtype));
@@ -130,8 +137,10 @@ pub fn attention_backward(
     scale: f64,
     causal: Causal,
     dout: &Tensor,
-    dtype: DType,
+    dtype: impl Into<FactorType>,
 ) -> [Tensor; 4] {
+    let dtype = dtype.into();
+    let [q, k, v, dout] = &[q, k, v, dout].map(|x| stored(x, dtype));
     let [batch, heads, query_len, _] = q.shape();
     let [_, kv_heads, key_len, _] = v.shape();
     let round = |x: f64| f64::from(rounded(x as f32, dtype));
@@ -192,8 +201,10 @@ pub fn linear_backward(
     phi: FeatureMap,
     weights: &BlockWeights,
     dout: &Tensor,
-    dtype: DType,
+    dtype: impl Into<FactorType>,
 ) -> [Tensor; 4] {
+    let dtype = dtype.into();
+    let [q, k, v, dout] = &[q, k, v, dout].map(|x| stored(x, dtype));
     let [batch, heads, query_len, _] = q.shape();
     let [_, kv_heads, key_len, _] = v.shape();
     let round = |x: f64| f64::from(rounded(x as f32, dtype));
@@ -255,22 +266,27 @@ pub fn linear_backward(
 }
 
 /// `x` as `dtype` holds it.
-pub fn stored(x: &Tensor, dtype: DType) -> Tensor {
+pub fn stored(x: &Tensor, dtype: impl Into<FactorType>) -> Tensor {
+    let dtype = dtype.into();
     x.map(|x| f64::from(rounded(x as f32, dtype)))
 }
 
-/// The relative error that a kernel may have: 1e-5 in f32, in 16 bits twice that of `plain`.
-pub fn bound(plain: &Tensor, exact: &Tensor, dtype: DType) -> f64 {
-    match dtype {
-        DType::F32 => 1e-5,
-        DType::F16 | DType::BF16 => 2.0 * relative_error(plain.data(), exact.data()),
+/// The relative error that a kernel may have: 1e-5 in f32, in 16 bits and by tf32 twice that of `plain`.
+pub fn bound(plain: &Tensor, exact: &Tensor, dtype: impl Into<FactorType>) -> f64 {
+    match dtype.into() {
+        FactorType::F32 => 1e-5,
+        FactorType::Tf32 | FactorType::F16 | FactorType::BF16 => {
+            2.0 * relative_error(plain.data(), exact.data())
+        }
     }
 }
 
-/// The relative error that a gradient may have: 1e-5 in f32, in 16 bits twice that of `plain`, thrice
-/// where so few elements leave both to chance, but not less than in f32, as some gradients are exactly 0.
-pub fn gradient_bound(plain: &Tensor, exact: &Tensor, dtype: DType) -> f64 {
-    let few = exact.data().len() < 512 && dtype != DType::F32;
+/// The relative error that a gradient may have: 1e-5 in f32, in 16 bits and by tf32 twice that of
+/// `plain`, thrice where so few elements leave both to chance, but not less than in f32, as some
+/// gradients are exactly 0.
+pub fn gradient_bound(plain: &Tensor, exact: &Tensor, dtype: impl Into<FactorType>) -> f64 {
+    let dtype = dtype.into();
+    let few = exact.data().len() < 512 && dtype != FactorType::F32;
     let factor = if few { 1.5 } else { 1.0 };
     (factor * bound(plain, exact, dtype)).max(1e-5)
 }

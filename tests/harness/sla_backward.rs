@@ -5,6 +5,7 @@ use cubesla::{
     AttentionProblem, Client, DType, LinearMode, SlaBackwardOptions, SlaInputs, download,
     sla_backward, sla2_backward, upload,
 };
+use cubesla_kernels::FactorType;
 use cubesla_kernels::sla::{Combination, CombinationGradients, SlaBackward};
 use cubesla_reference::attention::Causal;
 use cubesla_reference::{Tensor, attention, linear, relative_error, sla};
@@ -187,9 +188,13 @@ impl SlaCase {
         }
         let size = exact.data().iter().map(|x| x * x).sum::<f64>().sqrt();
         // Sums of f32 numbers add some errors of their own.
-        let factor = if case.dtype == DType::F32 { 16.0 } else { 3.0 };
+        let factor = if case.factors() == FactorType::F32 {
+            16.0
+        } else {
+            3.0
+        };
         // Not less than the rule for f32, as for other gradients.
-        (factor * epsilon(case.dtype) * terms.sqrt() / size).max(1e-5)
+        (factor * epsilon(case.factors()) * terms.sqrt() / size).max(1e-5)
     }
 
     /// Runs the case with every engine and compares every gradient with the reference by the error
@@ -246,7 +251,7 @@ impl SlaCase {
         found: &[Vec<f32>],
     ) -> Vec<String> {
         let case = &self.attention;
-        let (dtype, scale, none) = (case.dtype, case.scale(), Causal::None);
+        let (dtype, scale, none) = (case.factors(), case.scale(), Causal::None);
         let phi = reference_phi(self.phi);
         let ([q, k, v], critical) = case.reference_inputs(inputs);
         let taken = self.linear_weights(inputs);

@@ -151,7 +151,7 @@ impl SoftCase {
             split.logits,
         ];
 
-        let dtype = case.dtype;
+        let dtype = case.factors();
         let sparse = plain::attention(&q, &k, &v, &m, scale, none, dtype);
         let branch = plain::linear(&q, &k, &v, phi, &rest, none, dtype);
         let out = sla::combine_sla2(&sparse, &branch, &alpha, block_q);
@@ -279,7 +279,7 @@ impl AttentionCase {
     /// Runs soft attention with every engine and compares everything with the reference by the error
     /// rules.
     pub fn check_soft(&self, client: &Client, values: &[f32]) {
-        let (inputs, grad_out, dtype) = (self.inputs(), self.grad_out(), self.dtype);
+        let (inputs, grad_out, dtype) = (self.inputs(), self.grad_out(), self.factors());
         let ([q, k, v], list) = self.reference_inputs(&inputs);
         let m = BlockWeights {
             weights: exact(values, self.list_shape()),
@@ -292,6 +292,7 @@ impl AttentionCase {
         let expected = [grads.dq, grads.dk, grads.dv, grads.dweights];
         let plain = plain::attention(&q, &k, &v, &m, scale, mask, dtype);
         let out_bound = plain::bound(&plain, &forward.out, dtype);
+        let lse_bound = self.lse_bound(&inputs, &m, &forward.lse);
         let plain = plain::attention_backward(&q, &k, &v, &m, scale, mask, &dout, dtype);
         for (by, found) in self.run_soft(client, &inputs, values, &grad_out) {
             let judge = |name: &str, found: &[f32], expected: &Tensor, bound: f64| {
@@ -303,7 +304,10 @@ impl AttentionCase {
             };
             judge("out", &found.out, &forward.out, out_bound);
             let error = relative_error(&wide(&found.lse), forward.lse.data());
-            assert!(error <= 1e-5, "lse: {error:.2e} by {by} in {self:?}");
+            assert!(
+                error <= lse_bound,
+                "lse: {error:.2e} > {lse_bound:.2e} by {by} in {self:?}"
+            );
             for (at, name) in ["dq", "dk", "dv", "dweights"].into_iter().enumerate() {
                 let mut bound = plain::gradient_bound(&plain[at], &expected[at], dtype);
                 if name == "dweights" {

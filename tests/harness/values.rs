@@ -1,6 +1,7 @@
 //! Random values, and values as a type holds them.
 
 use cubesla::DType;
+use cubesla_kernels::FactorType;
 use half::{bf16, f16};
 
 /// A small random generator (xorshift64*), the same on every platform.
@@ -49,10 +50,20 @@ impl Rng {
 }
 
 /// `x` as `dtype` holds it.
-pub fn rounded(x: f32, dtype: DType) -> f32 {
-    match dtype {
-        DType::F32 => x,
-        DType::F16 => f16::from_f32(x).to_f32(),
-        DType::BF16 => bf16::from_f32(x).to_f32(),
+pub fn rounded(x: f32, dtype: impl Into<FactorType>) -> f32 {
+    match dtype.into() {
+        FactorType::F32 => x,
+        FactorType::Tf32 => tf32(x),
+        FactorType::F16 => f16::from_f32(x).to_f32(),
+        FactorType::BF16 => bf16::from_f32(x).to_f32(),
     }
+}
+
+/// The nearest number with 10 bits of mantissa, ties away from zero.
+fn tf32(x: f32) -> f32 {
+    if !x.is_finite() {
+        return x;
+    }
+    // Half of the last bit that stays, then the 13 that go.
+    f32::from_bits((x.to_bits() + (1 << 12)) & !((1 << 13) - 1))
 }

@@ -10,8 +10,10 @@ use cubecl::ir::{
 };
 use cubesla::plan::{ForwardPlan, MatmulPlan, SlaBackwardPlan};
 use cubesla::{
-    AttentionOptions, AttentionProblem, DType, Format, Granularity, LowBitForm, MatmulProblem,
+    AttentionOptions, AttentionProblem, DType, F32Products, Format, Granularity, LowBitForm,
+    MatmulProblem,
 };
+use cubesla_kernels::FactorType;
 use harness::AttentionCase;
 
 /// A device as far as plans look at it.
@@ -116,15 +118,22 @@ impl Profile {
         );
         if self.tensor_cores {
             properties.features.copy_async = true;
+            let matmul = &mut properties.features.matmul;
             for elem in [DType::F16, DType::BF16].map(DType::elem_type) {
-                properties.features.matmul.ldmatrix.insert(elem);
-                properties.features.matmul.mma.insert(MmaConfig {
-                    a_type: elem,
-                    b_type: elem,
+                matmul.ldmatrix.insert(elem);
+            }
+            for (kind, k) in [
+                (FloatKind::F16, 16),
+                (FloatKind::BF16, 16),
+                (FloatKind::TF32, 8),
+            ] {
+                matmul.mma.insert(MmaConfig {
+                    a_type: ElemType::Float(kind),
+                    b_type: ElemType::Float(kind),
                     cd_type: ElemType::Float(FloatKind::F32),
                     m: 16,
                     n: 8,
-                    k: 16,
+                    k,
                 });
             }
         }
@@ -158,7 +167,7 @@ fn plans_are_the_ones_written_down() {
             writeln!(
                 table,
                 "  {:4} D={:<3} Dv={:<3} blocks {:>3}x{:<3} scale {:+.3} causal {}: {plan}",
-                case.dtype.to_string(),
+                case.factors().to_string(),
                 case.head_dim,
                 case.value_dim,
                 case.options.block_q,
@@ -173,17 +182,56 @@ fn plans_are_the_ones_written_down() {
 }
 
 #[test]
+fn f32_is_rounded_to_tf32_only_where_that_was_asked_for() {
+    for device in PROFILES.map(|profile| profile.properties()) {
+        for case in harness::golden::forward_cases() {
+            let problem = problem_of(&case);
+            let forward = ForwardPlan::all(&problem, &device).unwrap_or_default();
+            let sla = SlaBackwardPlan::all(&problem, &device).unwrap_or_default();
+            let plans = forward.iter().map(ForwardPlan::to_string);
+            for plan in plans.chain(sla.iter().map(SlaBackwardPlan::to_string)) {
+                let asked = case.factors() == FactorType::Tf32;
+                assert_eq!(plan.starts_with("mma tf32 "), asked, "{plan}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_tf32_has_no_registers_for_is_refused() {
+    let shape = [1, 2, 256, 256];
+    let options = AttentionOptions {
+        products: F32Products::Tf32,
+        ..AttentionOptions::default()
+    };
+    let problem = AttentionProblem::from_shapes(shape, shape, shape, DType::F32, &options).unwrap();
+    let device = find("H200").properties();
+    assert!(ForwardPlan::new(&problem, &device).is_ok());
+    let refusal = SlaBackwardPlan::new(&problem, &device)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        refusal.contains("not mma: the accumulators do not fit the registers; not simt"),
+        "{refusal}"
+    );
+}
+
+#[test]
 fn candidates_are_the_ones_written_down() {
     let mut table = String::new();
     for profile in &PROFILES {
         writeln!(table, "{}", profile.name).unwrap();
         let device = profile.properties();
         let cases = harness::golden::forward_cases();
-        for case in cases.into_iter().filter(|case| case.dtype == DType::BF16) {
+        for case in cases
+            .into_iter()
+            .filter(|case| matches!(case.factors(), FactorType::Tf32 | FactorType::BF16))
+        {
             let problem = problem_of(&case);
             writeln!(
                 table,
-                "  D={} Dv={} blocks {}x{} scale {:+.3}",
+                "  {} D={} Dv={} blocks {}x{} scale {:+.3}",
+                case.factors(),
                 case.head_dim,
                 case.value_dim,
                 case.options.block_q,
