@@ -182,6 +182,8 @@ mod tests {
             "sparse_forward/dense/b1h12l32760d128/bf16",
             "sparse_forward/97/b2h16l32760d128/bf16",
             "sparse_forward/95/b1h40l75600d128/bf16",
+            "sparse_forward/95/b1h4l8192d128/f32",
+            "sparse_forward/95-tf32/b1h4l8192d128/f32",
             "sparse_backward/95/b1h12l32760d128/bf16",
             "soft_backward/all/b2h16l32760d128/bf16",
             "route/95/b1h12l32760d64/bf16",

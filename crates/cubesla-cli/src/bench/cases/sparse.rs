@@ -2,7 +2,7 @@
 
 use cubesla::plan::{self, Choice, ForwardEngine, ForwardInputs, ForwardPlan};
 use cubesla::{
-    AttentionOptions, AttentionProblem, BlockList, Client, DType, HostBlockList,
+    AttentionOptions, AttentionProblem, BlockList, Client, DType, F32Products, HostBlockList,
     block_sparse_attention,
 };
 use cubesla_reference::attention::{Causal, forward};
@@ -14,10 +14,13 @@ use crate::bench::host::{HostTensor, Random};
 use crate::error::Error;
 
 pub fn cases(scale: Scale, dtype: Option<DType>) -> Vec<Case> {
-    let variants = variants(scale, dtype).into_iter();
-    variants
-        .map(|(size, sparsity)| case(size, sparsity))
-        .collect()
+    let of = |(size, sparsity): (Size, usize)| {
+        // What software runs has no tensor cores.
+        let rounds = size.dtype == DType::F32 && scale == Scale::Large;
+        let tf32 = rounds.then(|| case_by(size, sparsity, F32Products::Tf32));
+        [Some(case(size, sparsity)), tf32].into_iter().flatten()
+    };
+    variants(scale, dtype).into_iter().flat_map(of).collect()
 }
 
 /// Sizes and percents left out, 0 for dense.
@@ -49,9 +52,20 @@ pub fn label(sparsity: usize) -> String {
 
 /// Random blocks, all but `sparsity` percent of each row.
 pub fn case(size: Size, sparsity: usize) -> Case {
+    case_by(size, sparsity, F32Products::F32)
+}
+
+/// The same with products made so.
+fn case_by(size: Size, sparsity: usize, products: F32Products) -> Case {
+    let by = match products {
+        F32Products::F32 => "",
+        F32Products::Tf32 => "-tf32",
+    };
     Case {
-        name: format!("sparse_forward/{}/{size}", label(sparsity)),
-        prepare: Box::new(move |client| Ok(Box::new(Sparse::new(client, size, sparsity)?))),
+        name: format!("sparse_forward/{}{by}/{size}", label(sparsity)),
+        prepare: Box::new(move |client| {
+            Ok(Box::new(Sparse::new(client, size, sparsity, products)?))
+        }),
     }
 }
 
@@ -65,8 +79,16 @@ struct Sparse {
 }
 
 impl Sparse {
-    fn new(client: &Client, size: Size, sparsity: usize) -> Result<Self, Error> {
-        let options = AttentionOptions::default();
+    fn new(
+        client: &Client,
+        size: Size,
+        sparsity: usize,
+        products: F32Products,
+    ) -> Result<Self, Error> {
+        let options = AttentionOptions {
+            products,
+            ..AttentionOptions::default()
+        };
         let problem = problem(size, &options)?;
         let list = random_list(&problem, sparsity)?;
         Ok(Self {
@@ -134,7 +156,11 @@ impl Work for Sparse {
         }
         Ok(Check {
             error: relative_error(&found, &exact),
-            bound: bound(self.inputs.size.dtype),
+            bound: match self.options.products {
+                F32Products::F32 => bound(self.inputs.size.dtype),
+                // Factors of f16 have as many bits.
+                F32Products::Tf32 => bound(DType::F16),
+            },
         })
     }
 
