@@ -55,8 +55,8 @@ pub use attention::{AttentionOutput, block_sparse_attention, try_block_sparse_at
 pub use block_list::BlockList;
 pub use blocks::Blocks;
 pub use cubesla::{
-    AttentionOptions, Causal, FeatureMap, Format, Granularity, HostBlockList, LinearMode,
-    Precision, ProblemError, TopKOrder,
+    AttentionOptions, Causal, F32Products, FeatureMap, Format, Granularity, HostBlockList,
+    LinearMode, Precision, ProblemError, TopKOrder,
 };
 pub use error::Error;
 pub use linear::{linear_attention, try_linear_attention};

@@ -1,6 +1,6 @@
 use burn_core::tensor::{DType, FloatDType, Tensor};
 use cubesla_burn::{
-    AttentionOptions, BlockList, Blocks, Causal, Error, ProblemError, SlaOptions,
+    AttentionOptions, BlockList, Blocks, Causal, Error, F32Products, ProblemError, SlaOptions,
     try_block_sparse_attention, try_sla, try_sla2,
 };
 
@@ -89,6 +89,35 @@ fn sla_refuses_masks_and_weights_of_other_shapes() {
     let alpha = noise([1, 1], 4, &device);
     let error = try_sla2(q, k, v, alpha, &blocks, &options).unwrap_err();
     assert!(matches!(problem(error), ProblemError::NotSupported { .. }));
+}
+
+#[test]
+fn a_device_without_tf32_says_so_before_anything_is_launched() {
+    let [q, k, v] = inputs();
+    let device = device();
+    let list = || BlockList::dense([1, 2, 1, 2], &device);
+    let products = F32Products::Tf32;
+    let attention = AttentionOptions {
+        products,
+        ..AttentionOptions::default()
+    };
+    let run = (q.clone(), k.clone(), v.clone());
+    let attended = try_block_sparse_attention(run.0, run.1, run.2, &list(), &attention).map(|_| ());
+    let blocks = Blocks {
+        critical: list(),
+        negligible: None,
+    };
+    let mut options = SlaOptions::default();
+    options.attention.products = products;
+    let alpha = noise([1, 1], 4, &device);
+    let mixed = try_sla2(q, k, v, alpha, &blocks, &options).map(|_| ());
+    for result in [attended, mixed] {
+        // A device that has it runs both.
+        let Err(error) = result else { continue };
+        assert!(
+            matches!(problem(error), ProblemError::NoPlan { reason, .. } if reason.contains("tf32"))
+        );
+    }
 }
 
 #[test]
