@@ -24,8 +24,8 @@ use query::query_gradients_wgmma;
 use weight::weight_gradients;
 
 use crate::forward::config::WgmmaTile;
-use crate::forward::kernel::{ForwardConfig, ForwardScalarsLaunch};
-use crate::forward::tensor_map;
+use crate::forward::kernel::ForwardConfig;
+use crate::forward::{scalars, tensor_map};
 use crate::hopper::{expect_hopper, multiprocessors};
 
 /// How the Hopper backward is run.
@@ -68,6 +68,7 @@ impl WgmmaBackwardPlan {
                 value_dim: dim,
                 bf16,
                 consumers,
+                streams: 1,
                 keys: query_tile_keys(dim, consumers),
                 stages: 3,
                 ahead: false,
@@ -186,15 +187,7 @@ pub fn launch_backward_wgmma(
             inputs.lse.buffer_arg(),
             delta.buffer_arg(),
             sums.buffer_arg(),
-            ForwardScalarsLaunch::new(
-                items as u32,
-                heads as u32,
-                group as u32,
-                problem.query_len() as u32,
-                problem.key_len() as u32,
-                problem.scale(),
-                0,
-            ),
+            scalars(problem, plan.cubes),
             ForwardConfig {
                 tile,
                 block_k: problem.block_k(),

@@ -221,13 +221,13 @@ impl OwnSums {
 fn load_rows(memory: Memory, extra: GradMemory, parity: u32, #[comptime] config: ForwardConfig) {
     let tile = comptime!(config.tile);
     let warp_rows = UNIT_POS / 32 * comptime!(16 * 128u32);
-    barrier::wait(memory.query_full(), parity);
+    barrier::wait(memory.query_full(0u32), parity);
     wgmma::load_queries(memory.queries + warp_rows, tile.rows(), tile.products());
     barrier::wait(extra.full, parity);
     backward::load_gradients(extra.grads + warp_rows, tile.rows(), tile.products());
     sync_plane();
     if UNIT_POS % 32 == 0 {
-        barrier::arrive(memory.query_empty());
+        barrier::arrive(memory.query_empty(0u32));
         barrier::arrive(extra.empty);
     }
 }
@@ -318,7 +318,7 @@ fn add_tile(
             }
             words.insert(i, math::pack(low, high, comptime!(products.format())));
         }
-        wgmma::write_probability_step(words, step);
+        wgmma::write_probability_step(words, 0usize, step);
     }
     // The producer may write the next note when the product is done.
     let mut first_key = 0u32.runtime();
@@ -329,6 +329,7 @@ fn add_tile(
     wgmma::accumulate(
         wgmma::descriptor_transposed(keys, tile.keys),
         false,
+        0usize,
         products,
     );
     wgmma::commit();

@@ -92,7 +92,12 @@ impl Walk {
         wgmma::fence();
         backward::key_probability_gradients(values, wgmma::descriptor(grads), rows, products);
         wgmma::commit();
-        wgmma::accumulate(wgmma::descriptor_transposed(grads, rows), false, products);
+        wgmma::accumulate(
+            wgmma::descriptor_transposed(grads, rows),
+            false,
+            0usize,
+            products,
+        );
         wgmma::commit();
         wgmma::wait(1u32);
         let gradients = make_score_gradients(&weights, deltas, config);
@@ -190,7 +195,7 @@ fn write_words(packed: &Array<u32>, #[comptime] gradients: bool) {
         if gradients {
             backward::write_score_gradient_step(words, step);
         } else {
-            wgmma::write_probability_step(words, step);
+            wgmma::write_probability_step(words, 0usize, step);
         }
     }
 }

@@ -14,8 +14,10 @@ pub struct WgmmaTile {
     pub value_dim: usize,
     /// Whether elements are bf16 rather than f16.
     pub bf16: bool,
-    /// Warpgroups that compute, 64 query rows each.
+    /// Warpgroups that compute an item, 64 query rows each.
     pub consumers: usize,
+    /// Items that a cube computes at a time, each with consumers, a producer and shared memory of its own.
+    pub streams: usize,
     /// Keys of a tile.
     pub keys: usize,
     /// Tiles in flight.
@@ -31,41 +33,96 @@ impl WgmmaTile {
         64 * self.consumers
     }
 
-    /// Units of a cube: the consumers and a warpgroup whose first unit is the producer.
+    /// Units of a cube: the consumers of all streams and a warpgroup, one warp of which is the producer of
+    /// each.
     pub fn units(&self) -> usize {
-        128 * (self.consumers + 1)
+        self.consumer_units() + 128
+    }
+
+    /// Units that compute.
+    pub(crate) fn consumer_units(&self) -> usize {
+        128 * self.consumers * self.streams
     }
 
     /// Bytes of shared memory.
     pub fn shared_memory(&self) -> usize {
-        self.query_bytes()
-            + self.stages * (self.key_bytes() + self.value_bytes())
-            + self.consumers * self.out_bytes()
-            + self.barriers() * 8
-            + self.notes() * 8
+        self.streams * self.layout(self.value_bytes()).bytes
+    }
+
+    /// Tiles of queries of a stream: where they stay in shared memory, those of its next item come while
+    /// it computes one.
+    pub(crate) fn query_tiles(&self) -> usize {
+        if self.streams > 1 { 2 } else { 1 }
+    }
+
+    /// Where the tiles of a stream lie, with tiles of values of `value_bytes`.
+    fn layout(&self, value_bytes: usize) -> Layout {
+        let keys = self.query_tiles() * self.query_bytes();
+        let values = keys + self.stages * self.key_bytes();
+        let out = values + self.stages * value_bytes;
+        let barriers = out + self.consumers * self.out_bytes();
+        let notes = barriers + (self.barriers() * 8).next_multiple_of(16);
+        let bytes = notes + self.notes() * 8;
+        Layout {
+            keys,
+            values,
+            out,
+            barriers,
+            notes,
+            // Swizzled tiles begin at multiples of 1024.
+            bytes: bytes.next_multiple_of(1024),
+        }
     }
 
     /// Registers that a unit of the producer's warpgroup keeps and that a consumer unit takes, where
-    /// consumers need more than the 168 of an even share.
+    /// consumers need more than the 168 of an even share, or the 96 of two streams.
     ///
     /// `setmaxnreg` waits for registers to come free, for ever if there are too few. With 384 units
-    /// these numbers need a kernel of 152 registers, or 163, which one that needs them is;
-    /// `cargo xtask cuda` checks it.
+    /// these numbers need a kernel of 152 registers, or 161, which one that needs them is; with 640 units
+    /// of 89. `cargo xtask cuda` checks it.
     pub(crate) fn registers(&self) -> Option<(u32, u32)> {
+        if self.streams == 2 {
+            return Some((32, 112));
+        }
         let taken = if self.ahead { 240 } else { 216 };
-        (self.consumers == 2 && self.named_registers() > 140).then_some((24, taken))
+        (self.consumers == 2 && (self.ahead || self.named_registers() > 140)).then_some((24, taken))
     }
 
-    /// The same tile of a kernel that can look ahead.
-    pub(crate) fn looking_ahead(self) -> Self {
-        let ahead = self.consumers == 1 || self.registers().is_some();
-        Self { ahead, ..self }
+    /// The same tile of a kernel that computes two items at a time, if a unit's share of the registers is
+    /// enough for it.
+    pub(crate) fn in_streams(self) -> Self {
+        let narrow = self.head_dim <= 64 && self.value_dim <= 64;
+        if narrow && self.consumers == 2 {
+            return Self {
+                streams: 2,
+                ahead: false,
+                ..self
+            };
+        }
+        self
     }
 
-    /// Accumulator and queries, scores of a tile, weights being used and weights being made.
-    fn named_registers(&self) -> usize {
+    /// Whether a unit has registers for two tiles' weights, those in use and those being made, beside the
+    /// scores of the next one.
+    pub(crate) fn two_weights(&self) -> bool {
+        self.tile_registers() + 2 * self.weight_words() < 176
+    }
+
+    /// A unit's words of a tile's weights.
+    pub(crate) fn weight_words(&self) -> usize {
+        self.keys / 4
+    }
+
+    /// Accumulator, queries, and scores of a tile or two.
+    fn tile_registers(&self) -> usize {
         let products = self.products();
-        products.value_dim / 2 + products.head_dim / 4 + self.keys / 2 + self.keys / 2
+        let scores = self.keys / 2 * if self.ahead { 2 } else { 1 };
+        products.value_dim / 2 + products.head_dim / 4 + scores
+    }
+
+    fn named_registers(&self) -> usize {
+        let tiles_of_weights = if self.two_weights() { 2 } else { 1 };
+        self.tile_registers() + tiles_of_weights * self.weight_words()
     }
 
     pub(crate) fn products(&self) -> Products {
@@ -95,7 +152,7 @@ impl WgmmaTile {
     }
 
     pub(crate) fn barriers(&self) -> usize {
-        2 + 4 * self.stages
+        4 + 4 * self.stages
     }
 
     /// What the producer tells consumers of items and of each stage's keys, four words each, counted in
@@ -111,13 +168,25 @@ pub(crate) fn tile_bytes(rows: usize, width: usize) -> usize {
 }
 
 /// Notes on items: consumers finish one when they have begun the next, and the producer is ahead of
-/// them by another.
-const ITEM_NOTES: usize = 3;
+/// them by another; an even number to each of two slots of queries.
+const ITEM_NOTES: usize = 4;
 
 /// The note after `note`.
 #[cube]
 pub(crate) fn next_note(note: u32) -> u32 {
     select(note == comptime!(ITEM_NOTES as u32 - 1), 0, note + 1)
+}
+
+/// Where tiles of keys, of values and so on begin in a stream's shared memory, after its queries, and how
+/// long that is.
+#[derive(Clone, Copy)]
+struct Layout {
+    keys: usize,
+    values: usize,
+    out: usize,
+    barriers: usize,
+    notes: usize,
+    bytes: usize,
 }
 
 /// Shared addresses.
@@ -134,34 +203,37 @@ pub(crate) struct Memory {
 
 #[cube]
 impl Memory {
-    /// Reserves the shared memory of a cube.
+    /// Reserves the shared memory of a cube, and takes that of its first stream.
     pub fn new(#[comptime] tile: WgmmaTile) -> Memory {
         Memory::with_values(tile, tile.value_bytes())
     }
 
     /// As [`new`](Self::new), with tiles of values of `value_bytes`.
     pub fn with_values(#[comptime] tile: WgmmaTile, #[comptime] value_bytes: usize) -> Memory {
-        let stages = comptime!(tile.stages);
-        let queries =
-            Shared::<[u32]>::new_aligned_slice(comptime!(tile.query_bytes() / 4), 1024usize);
-        let keys =
-            Shared::<[u32]>::new_aligned_slice(comptime!(stages * tile.key_bytes() / 4), 1024usize);
-        let values =
-            Shared::<[u32]>::new_aligned_slice(comptime!(stages * value_bytes / 4), 1024usize);
-        let staging = Shared::<[u32]>::new_aligned_slice(
-            comptime!(tile.consumers * tile.out_bytes() / 4),
-            1024usize,
-        );
-        let barriers = Shared::<[u64]>::new_aligned_slice(tile.barriers(), 16usize);
-        let notes = Shared::<[u64]>::new_aligned_slice(tile.notes(), 16usize);
+        let layout = comptime!(tile.layout(value_bytes));
+        let words = comptime!(tile.streams * layout.bytes / 4);
+        let all = Shared::<[u32]>::new_aligned_slice(words, 1024usize);
+        Memory::at(generic_to_shared::<u32>(all.as_ptr()), layout)
+    }
+
+    fn at(first: u32, #[comptime] layout: Layout) -> Memory {
         Memory {
-            queries: generic_to_shared::<u32>(queries.as_ptr()),
-            keys: generic_to_shared::<u32>(keys.as_ptr()),
-            values: generic_to_shared::<u32>(values.as_ptr()),
-            out: generic_to_shared::<u32>(staging.as_ptr()),
-            barriers: generic_to_shared::<u64>(barriers.as_ptr()),
-            notes: generic_to_shared::<u64>(notes.as_ptr()),
+            queries: first,
+            keys: first + comptime!(layout.keys as u32),
+            values: first + comptime!(layout.values as u32),
+            out: first + comptime!(layout.out as u32),
+            barriers: first + comptime!(layout.barriers as u32),
+            notes: first + comptime!(layout.notes as u32),
         }
+    }
+
+    /// The memory of another stream of 16-bit values, of the first one's.
+    pub fn of_stream(&self, stream: u32, #[comptime] tile: WgmmaTile) -> Memory {
+        let layout = comptime!(tile.layout(tile.value_bytes()));
+        Memory::at(
+            self.queries + stream * comptime!(layout.bytes as u32),
+            layout,
+        )
     }
 
     /// Where an item is described, from its queries' arrival until those of the item after next arrive.
@@ -174,19 +246,19 @@ impl Memory {
         self.notes + comptime!(ITEM_NOTES as u32 * 16) + stage * 16
     }
 
-    /// Completes when an item's queries have arrived.
-    pub fn query_full(&self) -> u32 {
-        self.barriers
+    /// Completes when an item's queries have arrived in slot 0 or 1.
+    pub fn query_full(&self, slot: u32) -> u32 {
+        self.barriers + slot * 16
     }
 
     /// Completes when every consumer warp has read them.
-    pub fn query_empty(&self) -> u32 {
-        self.barriers + 8
+    pub fn query_empty(&self, slot: u32) -> u32 {
+        self.query_full(slot) + 8
     }
 
     /// Completes when a stage's keys have arrived.
     pub fn key_full(&self, stage: u32) -> u32 {
-        self.barriers + 16 + stage * 32
+        self.barriers + 32 + stage * 32
     }
 
     /// Completes when every consumer has read them.

@@ -7,7 +7,9 @@ use super::config::{Memory, Place, next_note};
 use super::epilogue::{end_stores, load_accumulator, store};
 use super::kernel::{ForwardConfig, ForwardScalars, Item};
 use super::producer::{Keys, read_bias, read_keys};
-use super::softmax::{RowPair, make_weights, take_scores};
+use super::softmax::{
+    RowPair, Weights, make_tile_weights, make_weights, raise_if_needed, take_scores,
+};
 use crate::ptx::{barrier, value, wgmma};
 
 /// The loop over items. The first scores of an item are multiplied while the one before it is being
@@ -41,12 +43,43 @@ pub(crate) fn consume<F: Float>(
     end_stores();
 }
 
+/// The same for one of a cube's streams of items, whose warps have half the registers: queries stay in
+/// shared memory, and a tile's weights are made when no product is in flight. The other streams' are.
+#[cube]
+pub(crate) fn consume_in_streams<F: Float>(
+    out: &TensorMap<F, Tiled>,
+    lse: &mut [f32],
+    stream: u32,
+    memory: Memory,
+    scalars: ForwardScalars,
+    #[comptime] config: ForwardConfig,
+) {
+    let out = tensor_map_address(out);
+    let streams = comptime!(config.tile.streams as u32);
+    let mut consumer = Consumer::new(config);
+    let mut index = CUBE_POS_X * streams + stream;
+    while index < scalars.items {
+        barrier::wait(
+            memory.query_full(consumer.queries.stage),
+            consumer.queries.parity,
+        );
+        let item = Item::read(memory, consumer.note);
+        let mut rows = RowPair::new(item.first_query);
+        consumer.attend_in_turn(&mut rows, item.tiles, memory, scalars);
+        let item = Item::read(memory, consumer.note);
+        consumer.note = next_note(consumer.note);
+        store(out, lse, memory, item, &rows, scalars, config);
+        index += scalars.stride;
+    }
+    end_stores();
+}
+
 /// Where a warpgroup stands in what the producer loads.
 #[derive(CubeType)]
 pub(crate) struct Consumer {
     keys: Place,
     values: Place,
-    query_parity: u32,
+    queries: Place,
     /// On the item being computed.
     pub note: u32,
     /// The keys whose scores were begun last.
@@ -63,7 +96,7 @@ impl Consumer {
         Consumer {
             keys: Place::first(config.tile.stages),
             values: Place::first(config.tile.stages),
-            query_parity: 0,
+            queries: Place::first(config.tile.query_tiles()),
             note: 0,
             begun: Keys { first: 0, count: 0 },
             bias: 0.0,
@@ -102,14 +135,14 @@ impl Consumer {
     pub fn take_queries(&mut self, more: bool, memory: Memory) {
         let tile = comptime!(self.config.tile);
         if more {
-            barrier::wait(memory.query_full(), self.query_parity);
+            barrier::wait(memory.query_full(0u32), self.queries.parity);
         }
-        self.query_parity ^= 1;
+        self.queries.advance();
         let warp_rows = memory.queries + UNIT_POS / 32 * comptime!(16 * 128u32);
         wgmma::load_queries(warp_rows, tile.rows(), tile.products());
         sync_plane();
         if more && UNIT_POS % 32 == 0 {
-            barrier::arrive(memory.query_empty());
+            barrier::arrive(memory.query_empty(0u32));
         }
     }
 
@@ -139,25 +172,89 @@ impl Consumer {
         scalars: ForwardScalars,
     ) {
         let config = comptime!(self.config);
-        let scores = take_scores(rows, self.begun, self.bias, scalars, 0usize, config);
-        write_weights(
-            &make_weights(rows, &scores, self.bias, scalars, config),
-            config.tile.keys,
+        let keys = comptime!(config.tile.keys);
+        let mut weights = Weights::new(config.tile.weight_words());
+        make_tile_weights(
+            &mut weights,
+            rows,
+            self.begun,
+            self.bias,
+            scalars,
+            0usize,
+            config,
         );
+        write_weights(&weights.packed, 0usize, keys);
         for t in 1..tiles {
             self.begin_scores(true, memory, 0usize);
-            self.begin_accumulate(t == 1, memory);
+            self.begin_accumulate(t == 1, memory, 0usize);
             wgmma::wait(1u32);
             self.release_keys(memory);
-            let scores = take_scores(rows, self.begun, self.bias, scalars, 0usize, config);
-            let weights = make_weights(rows, &scores, self.bias, scalars, config);
-            wgmma::compute_before(u32::reinterpret(rows.upper.sum + rows.lower.sum));
+            make_tile_weights(
+                &mut weights,
+                rows,
+                self.begun,
+                self.bias,
+                scalars,
+                0usize,
+                config,
+            );
             wgmma::wait(0u32);
             self.release_values(memory);
             rescale(&*rows, config);
-            write_weights(&weights, config.tile.keys);
+            write_weights(&weights.packed, 0usize, keys);
         }
-        self.begin_accumulate(tiles == 1, memory);
+        self.begin_accumulate(tiles == 1, memory, 0usize);
+    }
+
+    /// The tiles of an item, its queries in shared memory: products and softmax take turns.
+    fn attend_in_turn(
+        &mut self,
+        rows: &mut RowPair,
+        tiles: u32,
+        memory: Memory,
+        scalars: ForwardScalars,
+    ) {
+        let config = comptime!(self.config);
+        let keys = comptime!(config.tile.keys);
+        let mut weights = Weights::new(config.tile.weight_words());
+        self.begin_scores(true, memory, 0usize);
+        wgmma::wait(0u32);
+        self.release_keys(memory);
+        make_tile_weights(
+            &mut weights,
+            rows,
+            self.begun,
+            self.bias,
+            scalars,
+            0usize,
+            config,
+        );
+        write_weights(&weights.packed, 0usize, keys);
+        for t in 1..tiles {
+            self.begin_scores(true, memory, 0usize);
+            self.begin_accumulate(t == 1, memory, 0usize);
+            wgmma::wait(0u32);
+            self.release_keys(memory);
+            self.release_values(memory);
+            make_tile_weights(
+                &mut weights,
+                rows,
+                self.begun,
+                self.bias,
+                scalars,
+                0usize,
+                config,
+            );
+            rescale(&*rows, config);
+            write_weights(&weights.packed, 0usize, keys);
+        }
+        if UNIT_POS % 32 == 0 {
+            barrier::arrive(memory.query_empty(self.queries.stage));
+        }
+        self.queries.advance();
+        self.begin_accumulate(tiles == 1, memory, 0usize);
+        wgmma::wait(0u32);
+        self.release_values(memory);
     }
 
     /// As [`attend_plainly`](Self::attend_plainly); `S_{t+1} = Q K_{t+1}^T` is in flight too, into
@@ -201,22 +298,38 @@ impl Consumer {
         if next {
             self.begin_scores(true, memory, comptime!(1 - buffer));
         }
-        let scores = take_scores(rows, keys, bias, scalars, buffer, config);
-        // The weights of the tile before are in use until its product is done: there are no registers
-        // to make new ones beside them.
-        wgmma::wait(comptime!(u32::from(next)));
+        let mut weights = Weights::new(config.tile.weight_words());
+        let two = comptime!(config.tile.two_weights());
+        if two {
+            make_tile_weights(&mut weights, rows, keys, bias, scalars, buffer, config);
+            self.end_product(t, memory, next);
+        } else {
+            // Registers for one tile's weights: exponentials wait for the product that reads them, so
+            // what they need is found before.
+            let scores = take_scores(&*rows, keys, scalars, buffer, config);
+            raise_if_needed(rows, &scores, bias, scalars, config);
+            self.end_product(t, memory, next);
+            make_weights(&mut weights, &*rows, &scores, bias, scalars, config);
+            rows.add(&weights);
+        }
         if t > 0 {
-            self.release_values(memory);
             rescale(&*rows, config);
         }
-        write_weights(
-            &make_weights(rows, &scores, bias, scalars, config),
-            config.tile.keys,
-        );
-        self.begin_accumulate(t == 0, memory);
+        let to = comptime!(if two { buffer } else { 0 });
+        write_weights(&weights.packed, to, config.tile.keys);
+        self.begin_accumulate(t == 0, memory, to);
         if next {
             wgmma::wait(1u32);
             self.release_keys(memory);
+        }
+    }
+
+    /// Ends the product before tile `t`, if there is one. With `next`, the scores of the tile after it
+    /// remain in flight.
+    fn end_product(&mut self, t: u32, memory: Memory, #[comptime] next: bool) {
+        wgmma::wait(comptime!(u32::from(next)));
+        if t > 0 {
+            self.release_values(memory);
         }
     }
 
@@ -235,18 +348,27 @@ impl Consumer {
         }
         let at = memory.keys + self.keys.stage * comptime!(tile.key_bytes() as u32);
         wgmma::fence();
-        wgmma::scores(wgmma::descriptor(at), buffer, tile.products());
+        if comptime!(tile.streams > 1) {
+            let consumers = comptime!(tile.consumers as u32);
+            let queries = memory.queries
+                + self.queries.stage * comptime!(tile.query_bytes() as u32)
+                + UNIT_POS / 128 % consumers * comptime!(64 * 128u32);
+            let queries = wgmma::descriptor(plane_broadcast(queries, 0u32));
+            wgmma::scores_of_shared(queries, wgmma::descriptor(at), tile.products());
+        } else {
+            wgmma::scores(wgmma::descriptor(at), buffer, tile.products());
+        }
         wgmma::commit();
     }
 
-    /// Begins `O += P V` with the next values; `O = P V` with `anew`.
-    fn begin_accumulate(&self, anew: bool, memory: Memory) {
+    /// Begins `O += P V` with the weights in `buffer` and the next values; `O = P V` with `anew`.
+    fn begin_accumulate(&self, anew: bool, memory: Memory, #[comptime] buffer: usize) {
         let tile = comptime!(self.config.tile);
         barrier::wait(memory.value_full(self.values.stage), self.values.parity);
         let at = memory.values + self.values.stage * comptime!(tile.value_bytes() as u32);
         wgmma::fence();
         let values = wgmma::descriptor_transposed(at, tile.keys);
-        wgmma::accumulate(values, anew, tile.products());
+        wgmma::accumulate(values, anew, buffer, tile.products());
         wgmma::commit();
     }
 
@@ -271,10 +393,10 @@ pub(crate) fn release(empty: u32) {
     }
 }
 
-/// Brings the accumulator to the rows' maxima; most tiles leave those as they are: see `take_scores`.
+/// Brings the accumulator to the rows' maxima, if the last tile raised any.
 #[cube]
 fn rescale(rows: &RowPair, #[comptime] config: ForwardConfig) {
-    if plane_any(rows.upper.correction != 1.0 || rows.lower.correction != 1.0) {
+    if rows.raised {
         wgmma::scale_accumulator(
             rows.upper.correction,
             rows.lower.correction,
@@ -285,7 +407,7 @@ fn rescale(rows: &RowPair, #[comptime] config: ForwardConfig) {
 
 /// Makes packed weights the left side of the next product.
 #[cube]
-fn write_weights(weights: &Array<u32>, #[comptime] keys: usize) {
+fn write_weights(weights: &Array<u32>, #[comptime] buffer: usize, #[comptime] keys: usize) {
     #[unroll]
     for step in 0..comptime!(keys / 16) {
         let mut words = Vector::<u32, Const<4>>::empty();
@@ -293,6 +415,6 @@ fn write_weights(weights: &Array<u32>, #[comptime] keys: usize) {
         for i in 0..4usize {
             words.insert(i, weights[comptime!(4 * step + i)]);
         }
-        wgmma::write_probability_step(words, step);
+        wgmma::write_probability_step(words, buffer, step);
     }
 }

@@ -35,7 +35,8 @@ pub(crate) fn begin_staging(memory: Memory, #[comptime] config: ForwardConfig) -
     }
     // Named barrier 0 is the whole cube's.
     barrier::sync_named(warpgroup + 1, 128u32);
-    memory.out + warpgroup * comptime!(config.tile.out_bytes() as u32)
+    let own = warpgroup % comptime!(config.tile.consumers as u32);
+    memory.out + own * comptime!(config.tile.out_bytes() as u32)
 }
 
 /// Stores the staging tile with bulk copies that run on while the warpgroup turns to other things.
@@ -51,7 +52,7 @@ pub(crate) fn store_staged(out: u64, staging: u32, item: Item, #[comptime] confi
                 staging + comptime!(box_index as u32 * 64 * 128),
                 out,
                 comptime!(box_index as u32 * 64),
-                item.first_query + warpgroup * 64,
+                item.first_query + warpgroup % comptime!(config.tile.consumers as u32) * 64,
                 item.head,
                 item.batch,
             );

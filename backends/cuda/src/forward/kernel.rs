@@ -10,7 +10,7 @@ use cubesla_kernels::block_list::{
 };
 
 use super::config::{Memory, WgmmaTile};
-use super::consumer::consume;
+use super::consumer::{consume, consume_in_streams};
 use super::producer::produce;
 use crate::ptx::{barrier, math, wgmma};
 
@@ -30,6 +30,9 @@ pub(crate) struct ForwardConfig {
 pub(crate) struct ForwardScalars {
     /// Query blocks of all heads.
     pub items: u32,
+    /// From one item of a stream to its next: an argument, as the producers have no register to keep what
+    /// they could count.
+    pub stride: u32,
     pub heads: u32,
     /// Query heads to a key head.
     pub group: u32,
@@ -55,28 +58,47 @@ pub(crate) fn block_sparse_forward_wgmma<F: Float>(
     #[define(F)] _dtype: ElemType,
 ) {
     let tile = comptime!(config.tile);
-    let memory = Memory::new(tile);
+    let all = Memory::new(tile);
     wgmma::declare_registers(tile.products());
 
-    let consumers = comptime!(tile.consumers as u32);
+    let consumer_units = comptime!(tile.consumer_units() as u32);
     if UNIT_POS == 0 {
-        init_barriers(memory, tile);
+        #[unroll]
+        for stream in 0..comptime!(tile.streams as u32) {
+            init_barriers(all.of_stream(stream, tile), tile);
+        }
         barrier::fence_init();
     }
     sync_cube();
 
-    if UNIT_POS >= consumers * 128 {
+    if UNIT_POS >= consumer_units {
         if comptime!(tile.registers().is_some()) {
             wgmma::shrink_registers(comptime!(tile.registers().unwrap().0));
         }
-        if UNIT_POS == consumers * 128 {
-            produce::<F>(q, k, v, list, weights, memory, scalars, config);
+        if comptime!(tile.streams > 1) {
+            let warp = (UNIT_POS - consumer_units) / 32;
+            if UNIT_POS % 32 == 0 && warp < comptime!(tile.streams as u32) {
+                let memory = all.of_stream(warp, tile);
+                produce::<F>(q, k, v, list, weights, warp, memory, scalars, config);
+            }
+        } else if UNIT_POS == consumer_units {
+            produce::<F>(q, k, v, list, weights, 0u32, all, scalars, config);
         }
     } else {
         if comptime!(tile.registers().is_some()) {
             wgmma::grow_registers(comptime!(tile.registers().unwrap().1));
+            if comptime!(tile.products().value_dim < 128) {
+                wgmma::claim_registers();
+            }
         }
-        consume::<F>(out, lse, memory, scalars, config);
+        if comptime!(tile.streams > 1) {
+            let stream = UNIT_POS / comptime!(tile.consumers as u32 * 128);
+            let stream = plane_broadcast(stream, 0u32);
+            let memory = all.of_stream(stream, tile);
+            consume_in_streams::<F>(out, lse, stream, memory, scalars, config);
+        } else {
+            consume::<F>(out, lse, all, scalars, config);
+        }
     }
 }
 
@@ -84,8 +106,11 @@ pub(crate) fn block_sparse_forward_wgmma<F: Float>(
 #[cube]
 pub(crate) fn init_barriers(memory: Memory, #[comptime] tile: WgmmaTile) {
     let consumers = comptime!(tile.consumers as u32);
-    barrier::init(memory.query_full(), 1);
-    barrier::init(memory.query_empty(), consumers * 4);
+    #[unroll]
+    for slot in 0..comptime!(tile.query_tiles() as u32) {
+        barrier::init(memory.query_full(slot), 1);
+        barrier::init(memory.query_empty(slot), consumers * 4);
+    }
     #[unroll]
     for stage in 0..comptime!(tile.stages as u32) {
         barrier::init(memory.key_full(stage), 1);

@@ -11,6 +11,9 @@
 //!   that is the difference between bound by shared memory and not.
 //! - The product with the values of one tile overlaps the softmax of the next, and so does the product
 //!   with the keys of the tile after that, where registers hold the scores of two tiles.
+//! - With D and Dv up to 64 that leaves the schedulers idle: a cube then has two such groups, each with
+//!   items of its own, and each waits for its products, as the other group does not. Half the registers
+//!   do for that, as queries stay in shared memory.
 //! - The running maximum is replaced only when it must be, so the accumulator is seldom rescaled.
 //! - Cubes stay and take one query block after another: the next block's queries and keys are loaded, and
 //!   its first scores multiplied, while the last block is being finished and stored.
@@ -56,6 +59,19 @@ impl WgmmaPlan {
         problem: &AttentionProblem,
         device: &DeviceProperties,
     ) -> Result<Self, &'static str> {
+        let plan = Self::of_one_item(problem, device)?;
+        // What a causal mask needs would be spilled, of half the registers.
+        if problem.causal() != Causal::None {
+            return Ok(plan);
+        }
+        Ok(Self::of_tile(plan.tile.in_streams(), problem, device))
+    }
+
+    /// The plan of a kernel whose cubes compute one item at a time.
+    pub(crate) fn of_one_item(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+    ) -> Result<Self, &'static str> {
         let (head_dim, value_dim) = (problem.head_dim(), problem.value_dim());
         expect_hopper(problem, device)?;
         if head_dim > 128 || value_dim > 128 {
@@ -72,16 +88,20 @@ impl WgmmaPlan {
             value_dim,
             bf16: problem.dtype() == DType::BF16,
             consumers: problem.block_q() / 64,
+            streams: 1,
             keys: tile_keys(problem.block_k()),
             stages: 4,
-            ahead: false,
+            ahead: true,
         };
-        let tile = tile.looking_ahead();
-        let items = problem.batch() * problem.query_heads() * problem.query_blocks();
-        Ok(Self {
+        Ok(Self::of_tile(tile, problem, device))
+    }
+
+    fn of_tile(tile: WgmmaTile, problem: &AttentionProblem, device: &DeviceProperties) -> Self {
+        let items = items(problem).div_ceil(tile.streams);
+        Self {
             tile,
             cubes: items.min(multiprocessors(device)),
-        })
+        }
     }
 }
 
@@ -117,11 +137,12 @@ pub fn launch_forward_wgmma(
     weights: Option<&DeviceTensor<4>>,
     outputs: ForwardOutputs<'_>,
 ) {
-    let items = problem.batch() * problem.query_heads() * problem.query_blocks();
     let mut tile = plan.tile;
-    if weights.is_some() && tile.registers().is_some() {
-        // There are none left for weights of blocks beside the scores of two tiles.
+    if weights.is_some() {
+        // Weights of blocks leave no registers for the scores of two tiles, nor to the producers of two
+        // streams.
         tile.ahead = false;
+        tile.streams = 1;
     }
     // SAFETY: bulk copies stay inside the tensors by themselves; lists hold valid key blocks; the
     // log-sum-exp is written for rows below `query_len` only.
@@ -138,15 +159,7 @@ pub fn launch_forward_wgmma(
             inputs.list.launch_arg(),
             weights_arg(weights, inputs.list),
             outputs.lse.buffer_arg(),
-            ForwardScalarsLaunch::new(
-                items as u32,
-                problem.query_heads() as u32,
-                (problem.query_heads() / problem.kv_heads()) as u32,
-                problem.query_len() as u32,
-                problem.key_len() as u32,
-                problem.scale(),
-                problem.causal_shift(),
-            ),
+            scalars(problem, plan.cubes * tile.streams),
             ForwardConfig {
                 tile,
                 block_k: problem.block_k(),
@@ -156,6 +169,25 @@ pub fn launch_forward_wgmma(
             problem.dtype().elem_type(),
         );
     }
+}
+
+/// Query blocks of all heads.
+pub(crate) fn items(problem: &AttentionProblem) -> usize {
+    problem.batch() * problem.query_heads() * problem.query_blocks()
+}
+
+/// The scalars of a kernel that computes `at_a_time` items.
+pub(crate) fn scalars(problem: &AttentionProblem, at_a_time: usize) -> ForwardScalarsLaunch {
+    ForwardScalarsLaunch::new(
+        items(problem) as u32,
+        at_a_time as u32,
+        problem.query_heads() as u32,
+        (problem.query_heads() / problem.kv_heads()) as u32,
+        problem.query_len() as u32,
+        problem.key_len() as u32,
+        problem.scale(),
+        problem.causal_shift(),
+    )
 }
 
 /// A map of `tensor` in boxes of `rows` rows and 64 columns, swizzled.

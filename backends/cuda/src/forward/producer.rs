@@ -17,12 +17,14 @@ pub(crate) fn produce<F: Float>(
     v: &TensorMap<F, Tiled>,
     list: &BlockListView,
     weights: &BlockWeightsView,
+    stream: u32,
     memory: Memory,
     scalars: ForwardScalars,
     #[comptime] config: ForwardConfig,
 ) {
     let mut producer = Producer::new(q, k, v, config);
-    let mut index = CUBE_POS_X;
+    let streams = comptime!(config.tile.streams as u32);
+    let mut index = CUBE_POS_X * streams + stream;
     while index < scalars.items {
         let work = Work::new(list, index, scalars, config).never_empty();
         producer.load_queries(work.item, memory);
@@ -33,7 +35,7 @@ pub(crate) fn produce<F: Float>(
         } else {
             producer.load_tiles(list, work, memory, scalars);
         }
-        index += CUBE_COUNT_X;
+        index += scalars.stride;
     }
 }
 
@@ -44,7 +46,6 @@ pub(crate) struct Producer {
     k: u64,
     v: u64,
     place: Place,
-    query_parity: u32,
     note: u32,
     #[cube(comptime)]
     config: ForwardConfig,
@@ -63,7 +64,6 @@ impl Producer {
             k: tensor_map_address(k),
             v: tensor_map_address(v),
             place: Place::first(config.tile.stages),
-            query_parity: 0,
             note: 0,
             config,
         }
@@ -76,21 +76,25 @@ impl Producer {
             head: item.head,
             batch: item.batch,
         };
+        // There is an even number of notes a slot, so that they tell the phase.
+        let slots = comptime!(tile.query_tiles() as u32);
+        let slot = self.note % slots;
+        let parity = self.note / slots % 2;
         // The phase before a barrier's first counts as complete, so the first waits pass.
-        barrier::wait(memory.query_empty(), self.query_parity ^ 1);
-        self.query_parity ^= 1;
+        barrier::wait(memory.query_empty(slot), parity ^ 1);
         item.write(memory, self.note);
-        self.note = next_note(self.note);
-        let full = memory.query_full();
-        barrier::arrive_expect(full, comptime!(tile.query_bytes() as u32));
+        let full = memory.query_full(slot);
+        let bytes = comptime!(tile.query_bytes() as u32);
+        barrier::arrive_expect(full, bytes);
         source.load(
-            memory.queries,
+            memory.queries + slot * bytes,
             self.q,
             full,
             item.first_query,
             tile.rows(),
             tile.head_dim,
         );
+        self.note = next_note(self.note);
     }
 
     /// Loads the keys and values of an item's tiles, and tells consumers which keys they are.

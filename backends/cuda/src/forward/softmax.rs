@@ -2,8 +2,9 @@
 //! be.
 //!
 //! Any maximum gives the same result, as it cancels; it only has to keep exponentials in range. So
-//! the one in use stays until a score exceeds it by 2^[`SLACK`], and the accumulator is rescaled a
-//! few times a row instead of once a tile. Weights then reach 2^8, which f16 and f32 sums hold.
+//! the one in use stays until a weight may exceed [`LARGEST`], which f16 and f32 sums hold, and the
+//! accumulator is rescaled a few times a row instead of once a tile. Nor is there a maximum to take
+//! before: a tile's weights are made with the one in use, and their sums tell whether they hold.
 
 use cubecl::prelude::*;
 
@@ -15,7 +16,10 @@ use crate::ptx::{math, wgmma};
 const FLOOR: f32 = -1.0e30;
 const MASKED: f32 = -3.0e38;
 
-/// Powers of two by which scores may exceed the maximum in use.
+/// The largest weight: the exponential of a score that exceeds the maximum in use.
+pub(crate) const LARGEST: f32 = 256.0;
+
+/// log2 of that.
 const SLACK: f32 = 8.0;
 
 /// One row: the maximum in use of its unscaled scores, and the sum of the unit's own weights.
@@ -39,12 +43,7 @@ impl Row {
 
     /// Takes the unit's largest score of a tile into account.
     fn raise(&mut self, tile_max: f32, scale_log2: f32) {
-        let tile_max = quad_max(tile_max);
-        let new_max = select(
-            (tile_max - self.max) * scale_log2 > SLACK,
-            tile_max,
-            self.max,
-        );
+        let new_max = max(self.max, quad_max(tile_max));
         self.correction = math::exp2((self.max - new_max) * scale_log2);
         self.sum *= self.correction;
         self.max = new_max;
@@ -58,6 +57,8 @@ pub(crate) struct RowPair {
     pub query: u32,
     pub upper: Row,
     pub lower: Row,
+    /// Whether the last tile raised a maximum of the warp's rows, so that corrections are not 1.
+    pub raised: bool,
 }
 
 #[cube]
@@ -68,70 +69,122 @@ impl RowPair {
             query: upper_query(first_query),
             upper: Row::new(),
             lower: Row::new(),
+            raised: false,
         }
+    }
+
+    /// Raises the maxima to those of a tile with these `tops`.
+    pub fn raise(&mut self, tops: &Tops, scale_log2: f32) {
+        self.upper.raise(tops.upper, scale_log2);
+        self.lower.raise(tops.lower, scale_log2);
+    }
+
+    /// Adds a tile's weights to the rows' sums.
+    pub fn add(&mut self, weights: &Weights) {
+        self.upper.sum += weights.upper_sum;
+        self.lower.sum += weights.lower_sum;
     }
 }
 
 /// The unit's upper row of the query block that begins at `first_query`.
 #[cube]
 pub(crate) fn upper_query(first_query: u32) -> u32 {
-    first_query + UNIT_POS / 32 * 16 + UNIT_POS % 32 / 4
+    // An item's two warpgroups at most, of however many there are.
+    first_query + UNIT_POS % 256 / 32 * 16 + UNIT_POS % 32 / 4
 }
 
-/// The scores in the registers of `buffer`, masked; the rows' maxima take them into account, with the
-/// `bias` of blocks that have weights.
+/// The unit's largest scores of a tile, in its two rows.
+#[derive(CubeType)]
+pub(crate) struct Tops {
+    pub upper: f32,
+    pub lower: f32,
+}
+
 #[cube]
-pub(crate) fn take_scores(
-    rows: &mut RowPair,
-    keys: Keys,
-    bias: f32,
-    scalars: ForwardScalars,
-    #[comptime] buffer: usize,
-    #[comptime] config: ForwardConfig,
-) -> Array<f32> {
-    let count = comptime!(config.tile.keys / 2);
-    let mut scores = Array::<f32>::new(count);
+impl Tops {
+    /// Of `scores` that are at least `floor` or masked.
+    pub fn new(scores: &Array<f32>, floor: f32, #[comptime] keys: usize) -> Tops {
+        let mut upper = floor;
+        let mut lower = floor;
+        #[unroll]
+        for i in 0..comptime!(keys / 8) {
+            #[unroll]
+            for j in 0..2usize {
+                upper = max(upper, scores[comptime!(4 * i + j)]);
+                lower = max(lower, scores[comptime!(4 * i + 2 + j)]);
+            }
+        }
+        Tops { upper, lower }
+    }
+}
+
+/// The scores in the registers of `buffer`.
+#[cube]
+fn read_scores(#[comptime] buffer: usize, #[comptime] keys: usize) -> Array<f32> {
+    let mut scores = Array::<f32>::new(keys / 2);
     #[unroll]
-    for step in 0..comptime!(count / 8) {
+    for step in 0..comptime!(keys / 16) {
         let some = wgmma::read_score_step(buffer, step);
         #[unroll]
         for i in 0..8usize {
             scores[comptime!(8 * step + i)] = some.extract(i);
         }
     }
-    mask(&mut scores, &*rows, keys, f32::new(MASKED), scalars, config);
-
-    let mut upper_max = f32::new(FLOOR);
-    let mut lower_max = f32::new(FLOOR);
-    #[unroll]
-    for i in 0..comptime!(count / 4) {
-        #[unroll]
-        for j in 0..2usize {
-            upper_max = max(upper_max, scores[comptime!(4 * i + j)]);
-            lower_max = max(lower_max, scores[comptime!(4 * i + 2 + j)]);
-        }
-    }
-    if config.weighted {
-        upper_max += bias;
-        lower_max += bias;
-    }
-    let scale_log2 = scalars.scale * std::f32::consts::LOG2_E;
-    rows.upper.raise(upper_max, scale_log2);
-    rows.lower.raise(lower_max, scale_log2);
     scores
 }
 
-/// The weights `exp(scale (S + bias) - m)`, packed in pairs, and added to the rows' sums.
+/// The largest of `scores`, with the `bias` of blocks that have weights.
+#[cube]
+fn top_scores(scores: &Array<f32>, bias: f32, #[comptime] config: ForwardConfig) -> Tops {
+    let mut tops = Tops::new(scores, f32::new(FLOOR), config.tile.keys);
+    if config.weighted {
+        tops.upper += bias;
+        tops.lower += bias;
+    }
+    tops
+}
+
+/// Weights of a tile `exp(scale (S + bias) - m)`, packed in pairs, and the unit's sums of them.
+#[derive(CubeType)]
+pub(crate) struct Weights {
+    pub packed: Array<u32>,
+    pub upper_sum: f32,
+    pub lower_sum: f32,
+}
+
+#[cube]
+impl Weights {
+    /// Room for `words` words.
+    pub fn new(#[comptime] words: usize) -> Weights {
+        Weights {
+            packed: Array::<u32>::new(words),
+            upper_sum: 0.0,
+            lower_sum: 0.0,
+        }
+    }
+
+    /// Whether a unit of the warp has weights that may be larger than `limit`: some whose sum is.
+    pub fn exceed(&self, #[comptime] limit: f32) -> bool {
+        plane_any(self.upper_sum > limit || self.lower_sum > limit)
+    }
+
+    /// Lets ptxas make these weights no later than here.
+    pub fn make_before(&self) {
+        wgmma::compute_before(u32::reinterpret(self.upper_sum + self.lower_sum));
+    }
+}
+
+/// Makes the weights of `scores` with the maxima in use.
 #[cube]
 pub(crate) fn make_weights(
-    rows: &mut RowPair,
+    weights: &mut Weights,
+    rows: &RowPair,
     scores: &Array<f32>,
     bias: f32,
     scalars: ForwardScalars,
     #[comptime] config: ForwardConfig,
-) -> Array<u32> {
-    let count = comptime!(config.tile.keys / 4);
-    let scale_log2 = scalars.scale * std::f32::consts::LOG2_E;
+) {
+    let scale_log2 = scale_log2(scalars);
     let mut upper_shift = rows.upper.max * scale_log2;
     let mut lower_shift = rows.lower.max * scale_log2;
     if config.weighted {
@@ -139,25 +192,116 @@ pub(crate) fn make_weights(
         upper_shift = (rows.upper.max - bias) * scale_log2;
         lower_shift = (rows.lower.max - bias) * scale_log2;
     }
-    let mut packed = Array::<u32>::new(count);
+    weights.upper_sum = 0.0;
+    weights.lower_sum = 0.0;
     #[unroll]
-    for i in 0..count {
+    for i in 0..comptime!(config.tile.weight_words()) {
         let upper = comptime!(i % 2 == 0);
         let shift = if upper { upper_shift } else { lower_shift };
         let low = math::exp2(fma(scores[comptime!(2 * i)], scale_log2, -shift));
         let high = math::exp2(fma(scores[comptime!(2 * i + 1)], scale_log2, -shift));
         if upper {
-            rows.upper.sum += low + high;
+            weights.upper_sum += low + high;
         } else {
-            rows.lower.sum += low + high;
+            weights.lower_sum += low + high;
         }
-        packed[i] = math::pack(low, high, comptime!(config.tile.products().format()));
+        weights.packed[i] = math::pack(low, high, comptime!(config.tile.products().format()));
     }
-    packed
 }
 
-/// Replaces scores of keys that do not exist, or lie in the future, by the `lowest`. Only tiles at
-/// the end of a block or on the diagonal have such keys.
+/// The scores in the registers of `buffer`, masked.
+#[cube]
+pub(crate) fn take_scores(
+    rows: &RowPair,
+    keys: Keys,
+    scalars: ForwardScalars,
+    #[comptime] buffer: usize,
+    #[comptime] config: ForwardConfig,
+) -> Array<f32> {
+    let mut scores = read_scores(buffer, config.tile.keys);
+    if is_partial(rows, keys, scalars, config) {
+        mask(&mut scores, rows, keys, f32::new(MASKED), scalars, config);
+    }
+    scores
+}
+
+/// Raises the maxima if one of `scores` is too far above them.
+#[cube]
+pub(crate) fn raise_if_needed(
+    rows: &mut RowPair,
+    scores: &Array<f32>,
+    bias: f32,
+    scalars: ForwardScalars,
+    #[comptime] config: ForwardConfig,
+) {
+    let scale_log2 = scale_log2(scalars);
+    let tops = top_scores(scores, bias, config);
+    let upper = (tops.upper - rows.upper.max) * scale_log2 > SLACK;
+    let lower = (tops.lower - rows.lower.max) * scale_log2 > SLACK;
+    rows.raised = plane_any(upper || lower);
+    if rows.raised {
+        rows.raise(&tops, scale_log2);
+    }
+}
+
+/// Makes the weights of the scores in `buffer`, and adds them to the rows' sums.
+///
+/// First with the maxima in use, which few tiles after the first raise.
+#[cube]
+pub(crate) fn make_tile_weights(
+    weights: &mut Weights,
+    rows: &mut RowPair,
+    keys: Keys,
+    bias: f32,
+    scalars: ForwardScalars,
+    #[comptime] buffer: usize,
+    #[comptime] config: ForwardConfig,
+) {
+    let partial = is_partial(&*rows, keys, scalars, config);
+    rows.raised = true;
+    if !partial {
+        let scores = read_scores(buffer, config.tile.keys);
+        make_weights(weights, &*rows, &scores, bias, scalars, config);
+        rows.raised = weights.exceed(LARGEST);
+    }
+    if rows.raised {
+        let mut scores = read_scores(buffer, config.tile.keys);
+        if partial {
+            mask(&mut scores, &*rows, keys, f32::new(MASKED), scalars, config);
+        }
+        let tops = top_scores(&scores, bias, config);
+        rows.raise(&tops, scale_log2(scalars));
+        make_weights(weights, &*rows, &scores, bias, scalars, config);
+        weights.make_before();
+    }
+    rows.add(&*weights);
+}
+
+/// What turns scores into base-2 logarithms of weights.
+#[cube]
+fn scale_log2(scalars: ForwardScalars) -> f32 {
+    scalars.scale * std::f32::consts::LOG2_E
+}
+
+/// Whether a unit of the warp has scores of keys that do not exist or lie in the future: only tiles at the
+/// end of a block or on the diagonal have such keys.
+#[cube]
+pub(crate) fn is_partial(
+    rows: &RowPair,
+    keys: Keys,
+    scalars: ForwardScalars,
+    #[comptime] config: ForwardConfig,
+) -> bool {
+    let tile_keys = comptime!(config.tile.keys as u32);
+    let mut partial = keys.count < tile_keys;
+    if config.causal {
+        let end = keys.first + tile_keys;
+        partial = partial || end as i32 > rows.query as i32 + scalars.causal_shift + 1;
+    }
+    plane_any(partial)
+}
+
+/// Replaces scores of keys that do not exist, or lie in the future, by the `lowest`.
 #[cube]
 pub(crate) fn mask(
     scores: &mut Array<f32>,
@@ -167,24 +311,16 @@ pub(crate) fn mask(
     scalars: ForwardScalars,
     #[comptime] config: ForwardConfig,
 ) {
-    let tile_keys = comptime!(config.tile.keys as u32);
-    let mut partial = keys.count < tile_keys;
-    if config.causal {
-        let end = keys.first + tile_keys;
-        partial = partial || end as i32 > rows.query as i32 + scalars.causal_shift + 1;
-    }
-    if plane_any(partial) {
-        #[unroll]
-        for i in 0..comptime!(config.tile.keys / 2) {
-            let at = comptime!((i / 4 * 8 + i % 2) as u32) + UNIT_POS % 4 * 2;
-            let mut visible = at < keys.count;
-            if config.causal {
-                let query = rows.query + comptime!((i / 2 % 2 * 8) as u32);
-                let key = keys.first + at;
-                visible = visible && key as i32 <= query as i32 + scalars.causal_shift;
-            }
-            scores[i] = select(visible, scores[i], lowest);
+    #[unroll]
+    for i in 0..comptime!(config.tile.keys / 2) {
+        let at = comptime!((i / 4 * 8 + i % 2) as u32) + UNIT_POS % 4 * 2;
+        let mut visible = at < keys.count;
+        if config.causal {
+            let query = rows.query + comptime!((i / 2 % 2 * 8) as u32);
+            let key = keys.first + at;
+            visible = visible && key as i32 <= query as i32 + scalars.causal_shift;
         }
+        scores[i] = select(visible, scores[i], lowest);
     }
 }
 

@@ -55,6 +55,7 @@ pub fn launch_linear_wgmma(
         value_dim: problem.value_dim(),
         bf16: problem.dtype() == DType::BF16,
         consumers: 2,
+        streams: 1,
         keys: 64,
         stages: 1,
         ahead: false,

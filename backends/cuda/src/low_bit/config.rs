@@ -36,14 +36,25 @@ impl LowBitConfig {
         }
     }
 
+    /// Words of a unit's weights of a tile.
+    pub fn weight_words(&self) -> usize {
+        let keys = self.forward.tile.keys;
+        if self.fp8 { keys / 8 } else { keys / 4 }
+    }
+
+    /// Whether the next tile's scores are multiplied during the softmax of this one. The second
+    /// accumulator of FP8 values leaves no registers for them.
+    pub fn ahead(&self) -> bool {
+        self.forward.tile.ahead && !self.fp8
+    }
+
     /// As for 16-bit attention: registers that a unit of the producer's warpgroup keeps and that a
     /// consumer unit takes. FP8 values need a second accumulator, and then a kernel of 168 registers.
     pub fn registers(&self) -> Option<(u32, u32)> {
         let p = self.products();
-        let weights = if self.fp8 { p.keys / 8 } else { p.keys / 4 };
         let accumulators = p.value_dim / 2 * if self.fp8 { 2 } else { 1 };
-        let named = accumulators + p.keys / 2 + p.head_dim / 8 + 2 * weights;
-        let grown = if named > 180 { 240 } else { 216 };
-        (self.forward.tile.consumers == 2 && named > 140).then_some((24, grown))
+        let scores = p.keys / 2 * if self.ahead() { 2 } else { 1 };
+        let named = accumulators + scores + p.head_dim / 8 + 2 * self.weight_words();
+        (self.forward.tile.consumers == 2 && (self.ahead() || named > 130)).then_some((24, 240))
     }
 }

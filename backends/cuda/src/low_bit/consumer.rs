@@ -7,18 +7,17 @@ use super::config::LowBitConfig;
 use super::epilogue::store;
 use super::kernel::Scales;
 use super::producer::{ScaledKeys, read_keys};
-use super::softmax::{softmax, write_weights};
+use super::softmax::{make_tile_weights, write_weights};
 use crate::forward::config::{Memory, Place, next_note};
 use crate::forward::consumer::release;
 use crate::forward::epilogue::end_stores;
 use crate::forward::kernel::{ForwardScalars, Item};
 use crate::forward::producer::Keys;
-use crate::forward::softmax::RowPair;
+use crate::forward::softmax::{RowPair, Weights};
 use crate::ptx::{barrier, low_bit, value, wgmma};
 
-/// The loop over items: `S_t = Q K_t^T` and the product of the tile before with its values are in
-/// flight together, and the softmax of the one runs beside the other. The first scores of an item are
-/// multiplied while the one before it is being finished and stored.
+/// The loop over items. The first scores of an item are multiplied while the one before it is being
+/// finished and stored.
 #[cube]
 pub(super) fn consume<F: Float>(
     out: &TensorMap<F, Tiled>,
@@ -37,7 +36,7 @@ pub(super) fn consume<F: Float>(
         note: 0,
         begun: ScaledKeys {
             keys: Keys { first: 0, count: 0 },
-            scale: 0.0,
+            factor: 0.0,
         },
         config,
     };
@@ -45,11 +44,9 @@ pub(super) fn consume<F: Float>(
     consumer.begin(true, memory);
     while index < scalars.items {
         let item = Item::read(memory, consumer.note);
-        // What turns products of codes into base-2 scores, but for the keys' scale.
-        let factor = scalars.scale * std::f32::consts::LOG2_E * scales.queries[index as usize];
         let head_index = index / query_blocks;
         let mut rows = RowPair::new(item.first_query);
-        consumer.attend(&mut rows, item.tiles, factor, memory, scalars);
+        consumer.attend(&mut rows, item.tiles, memory, scalars);
         index += CUBE_COUNT_X;
         consumer.begin(index < scalars.items, memory);
         wgmma::wait(1u32);
@@ -86,37 +83,47 @@ impl Consumer {
     fn begin(&mut self, more: bool, memory: Memory) {
         let config = comptime!(self.config);
         if more {
-            barrier::wait(memory.query_full(), self.query_parity);
+            barrier::wait(memory.query_full(0u32), self.query_parity);
         }
         self.query_parity ^= 1;
         let warp_rows = memory.queries + UNIT_POS / 32 * comptime!(16 * 128u32);
         low_bit::load_queries(warp_rows, config.forward.tile.rows(), config.products());
         sync_plane();
         if more && UNIT_POS % 32 == 0 {
-            barrier::arrive(memory.query_empty());
+            barrier::arrive(memory.query_empty(0u32));
         }
-        self.begin_scores(more, memory);
+        self.begin_scores(more, memory, 0usize);
     }
 
     /// Brings `O`, not yet divided by the rows' sums, into the accumulator, but for the product with
     /// the last values, which is in flight then.
-    fn attend(
+    fn attend(&mut self, rows: &mut RowPair, tiles: u32, memory: Memory, scalars: ForwardScalars) {
+        wgmma::wait(0u32);
+        self.release_keys(memory);
+        if comptime!(self.config.ahead()) {
+            self.attend_ahead(rows, tiles, memory, scalars);
+        } else {
+            self.attend_plainly(rows, tiles, memory, scalars);
+        }
+    }
+
+    /// `S_t = Q K_t^T` and the product of the tile before with its values are in flight together, and
+    /// the softmax of the one runs beside the other.
+    fn attend_plainly(
         &mut self,
         rows: &mut RowPair,
         tiles: u32,
-        factor: f32,
         memory: Memory,
         scalars: ForwardScalars,
     ) {
         let config = comptime!(self.config);
         let products = comptime!(config.products());
-        wgmma::wait(0u32);
         if config.fp8 {
             low_bit::clear_accumulator(products);
         }
-        self.release_keys(memory);
-        let weights = softmax(rows, self.begun.keys, self.factor(factor), scalars, config);
-        write_weights(&weights, config);
+        let mut weights = Weights::new(config.weight_words());
+        self.make_weights(&mut weights, rows, scalars);
+        write_weights(&weights.packed, 0usize, config);
         // Corrections that belong to the product in registers `par`: zeros to begin with.
         let mut upper = f32::new(0.0);
         let mut lower = f32::new(0.0);
@@ -125,37 +132,99 @@ impl Consumer {
         }
 
         for t in 1..tiles {
-            self.begin_scores(true, memory);
+            self.begin_scores(true, memory, 0usize);
             if config.fp8 {
                 // Beside the product that was begun.
                 low_bit::promote(upper, lower, products);
                 upper = value::<f32>(rows.upper.correction);
                 lower = value::<f32>(rows.lower.correction);
             }
-            self.begin_values(t == 1, memory);
+            self.begin_values(t == 1, memory, 0usize);
             wgmma::wait(1u32);
             self.release_keys(memory);
-
-            let weights = softmax(rows, self.begun.keys, self.factor(factor), scalars, config);
-            wgmma::compute_before(u32::reinterpret(rows.upper.sum + rows.lower.sum));
+            self.make_weights(&mut weights, rows, scalars);
             wgmma::wait(0u32);
             self.release_values(memory);
             if comptime!(!config.fp8) {
-                if plane_any(rows.upper.correction != 1.0 || rows.lower.correction != 1.0) {
-                    low_bit::scale_accumulator(
-                        rows.upper.correction,
-                        rows.lower.correction,
-                        products,
-                    );
-                }
+                rescale(&*rows, config);
             }
-            write_weights(&weights, config);
+            write_weights(&weights.packed, 0usize, config);
         }
 
         if config.fp8 {
             low_bit::promote(upper, lower, products);
         }
-        self.begin_values(tiles == 1, memory);
+        self.begin_values(tiles == 1, memory, 0usize);
+    }
+
+    /// As [`attend_plainly`](Self::attend_plainly); the scores of the tile after are in flight too, as in
+    /// [`crate::forward`].
+    fn attend_ahead(
+        &mut self,
+        rows: &mut RowPair,
+        tiles: u32,
+        memory: Memory,
+        scalars: ForwardScalars,
+    ) {
+        let mut t = 0u32;
+        while t + 2 < tiles {
+            self.add_tile(rows, t, memory, scalars, 0usize, true);
+            self.add_tile(rows, t + 1, memory, scalars, 1usize, true);
+            t += 2;
+        }
+        if t + 1 < tiles {
+            self.add_tile(rows, t, memory, scalars, 0usize, true);
+            self.add_tile(rows, t + 1, memory, scalars, 1usize, false);
+        } else {
+            self.add_tile(rows, t, memory, scalars, 0usize, false);
+        }
+    }
+
+    /// Adds tile `t`, whose scores are in the registers of `buffer`. With `next`, those of the tile
+    /// after it begin to come into the other buffer first, and are there at the end; the product with
+    /// the values of tile `t` is then in flight.
+    fn add_tile(
+        &mut self,
+        rows: &mut RowPair,
+        t: u32,
+        memory: Memory,
+        scalars: ForwardScalars,
+        #[comptime] buffer: usize,
+        #[comptime] next: bool,
+    ) {
+        let config = comptime!(self.config);
+        let keys = self.begun.keys.copy();
+        let factor = value::<f32>(self.begun.factor);
+        if next {
+            self.begin_scores(true, memory, comptime!(1 - buffer));
+        }
+        let mut weights = Weights::new(config.weight_words());
+        make_tile_weights(&mut weights, rows, keys, factor, scalars, buffer, config);
+        write_weights(&weights.packed, buffer, config);
+        wgmma::wait(comptime!(u32::from(next)));
+        if t > 0 {
+            self.release_values(memory);
+            rescale(&*rows, config);
+        }
+        self.begin_values(t == 0, memory, buffer);
+        if next {
+            wgmma::wait(1u32);
+            self.release_keys(memory);
+        }
+    }
+
+    /// Makes the weights of the scores begun last.
+    fn make_weights(&self, weights: &mut Weights, rows: &mut RowPair, scalars: ForwardScalars) {
+        let begun = &self.begun;
+        make_tile_weights(
+            weights,
+            rows,
+            begun.keys,
+            begun.factor,
+            scalars,
+            0usize,
+            self.config,
+        );
     }
 
     /// Takes an item's last product, which is done, into the accumulator.
@@ -168,14 +237,9 @@ impl Consumer {
         }
     }
 
-    /// What turns products of codes with the keys begun last into base-2 scores: positive, also where
-    /// it would underflow, so that it leaves masked scores below all others.
-    fn factor(&self, queries: f32) -> f32 {
-        queries * self.begun.scale + 1.0e-37
-    }
-
-    /// Begins `S = Q K^T` with the next keys; with old ones if there are no `more`.
-    fn begin_scores(&mut self, more: bool, memory: Memory) {
+    /// Begins `S = Q K^T` with the next keys, into the registers of `buffer`; with old ones if there are
+    /// no `more`.
+    fn begin_scores(&mut self, more: bool, memory: Memory, #[comptime] buffer: usize) {
         let config = comptime!(self.config);
         let stage = self.keys.stage;
         if more {
@@ -184,15 +248,16 @@ impl Consumer {
         let begun = read_keys(memory, stage);
         self.begun.keys.first = begun.keys.first;
         self.begun.keys.count = begun.keys.count;
-        self.begun.scale = begun.scale;
+        self.begun.factor = begun.factor;
         let at = memory.keys + stage * comptime!(config.forward.tile.key_bytes() as u32);
         wgmma::fence();
-        low_bit::scores(wgmma::descriptor(at), config.products());
+        low_bit::scores(wgmma::descriptor(at), buffer, config.products());
         wgmma::commit();
     }
 
-    /// Begins `P V`, or `O += P V` in 16 bits, with the next values; `O = P V` with `anew`.
-    fn begin_values(&self, anew: bool, memory: Memory) {
+    /// Begins `P V`, or `O += P V` in 16 bits, with the weights in `buffer` and the next values; `O = P V`
+    /// with `anew`. FP8 weights have one buffer.
+    fn begin_values(&self, anew: bool, memory: Memory, #[comptime] buffer: usize) {
         let config = comptime!(self.config);
         let keys = comptime!(config.forward.tile.keys);
         let stage = self.values.stage;
@@ -204,7 +269,7 @@ impl Consumer {
             low_bit::multiply_values(values, config.products());
         } else {
             let values = wgmma::descriptor_transposed(at, keys);
-            low_bit::accumulate(values, anew, config.products());
+            low_bit::accumulate(values, anew, buffer, config.products());
         }
         wgmma::commit();
     }
@@ -219,5 +284,17 @@ impl Consumer {
     fn release_values(&mut self, memory: Memory) {
         release(memory.value_empty(self.values.stage));
         self.values.advance();
+    }
+}
+
+/// Brings the accumulator to the rows' maxima, if the last tile raised any.
+#[cube]
+fn rescale(rows: &RowPair, #[comptime] config: LowBitConfig) {
+    if rows.raised {
+        low_bit::scale_accumulator(
+            rows.upper.correction,
+            rows.lower.correction,
+            config.products(),
+        );
     }
 }

@@ -24,6 +24,12 @@ pub(super) fn store(
     scalars: ForwardScalars,
     #[comptime] config: LowBitConfig,
 ) {
+    // Loaded here, for what is told last: its latency passes beside the rest.
+    let first_row = head_index as usize * scalars.query_len as usize;
+    let query = upper_query(item.first_query);
+    let last = scalars.query_len - 1;
+    let upper_shift = scales.shift[first_row + min(query, last) as usize];
+    let lower_shift = scales.shift[first_row + min(query + 8, last) as usize];
     let upper_sum = quad_sum(rows.upper.sum);
     let lower_sum = quad_sum(rows.lower.sum);
     let staging = begin_staging(memory, config.forward);
@@ -39,47 +45,47 @@ pub(super) fn store(
     );
     store_staged(out, staging, item, config.forward);
     if UNIT_POS % 4 == 0 {
-        let first = head_index as usize * scalars.query_len as usize;
-        let query = upper_query(item.first_query);
+        let at = first_row + query as usize;
+        let upper_exists = query < scalars.query_len;
+        let lower_exists = query + 8 < scalars.query_len;
+        let upper_shift = scalars.scale * upper_shift;
+        let lower_shift = scalars.scale * lower_shift;
         store_row_lse(
             lse,
-            scales,
-            first + query as usize,
-            query < scalars.query_len,
+            at,
+            upper_exists,
             &rows.upper,
             upper_sum,
-            scalars,
+            upper_shift,
             config,
         );
         store_row_lse(
             lse,
-            scales,
-            first + query as usize + 8,
-            query + 8 < scalars.query_len,
+            at + 8,
+            lower_exists,
             &rows.lower,
             lower_sum,
-            scalars,
+            lower_shift,
             config,
         );
     }
 }
 
-/// Of the scores before smoothing; `-inf` for a row that saw no key.
+/// Of the scores before smoothing, which took `shift` from them; `-inf` for a row that saw no key.
 #[cube]
 fn store_row_lse(
     lse: &mut [f32],
-    scales: &Scales,
     at: usize,
     exists: bool,
     row: &Row,
     sum: f32,
-    scalars: ForwardScalars,
+    shift: f32,
     #[comptime] config: LowBitConfig,
 ) {
     if exists {
         let top = comptime!(if config.fp8 { FP8_SHIFT } else { 0.0 });
         let smoothed = (row.max - top + math::log2(sum)) * std::f32::consts::LN_2;
-        lse[at] = smoothed + scalars.scale * scales.shift[at];
+        lse[at] = smoothed + shift;
     }
 }
 

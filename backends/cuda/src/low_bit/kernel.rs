@@ -46,6 +46,9 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
     } else {
         if comptime!(config.registers().is_some()) {
             wgmma::grow_registers(comptime!(config.registers().unwrap().1));
+            if comptime!(tile.products().value_dim < 128) {
+                wgmma::claim_registers();
+            }
         }
         consume::<F>(out, list.query_blocks, scales, lse, memory, scalars, config);
     }

@@ -36,8 +36,8 @@ use kernel::{ScalesLaunch, low_bit_forward_wgmma};
 use rows::{quantize_keys, quantize_queries};
 use values::transpose_values;
 
-use crate::forward::kernel::{ForwardConfig, ForwardScalarsLaunch};
-use crate::forward::{WgmmaPlan, tensor_map};
+use crate::forward::kernel::ForwardConfig;
+use crate::forward::{WgmmaPlan, scalars, tensor_map};
 
 /// 16-bit elements that a unit loads at once.
 const LOAD: usize = 8;
@@ -59,7 +59,7 @@ impl WgmmaLowBitPlan {
         device: &DeviceProperties,
         formats: LowBitFormats,
     ) -> Result<Self, &'static str> {
-        let mut forward = WgmmaPlan::new(problem, device)?;
+        let mut forward = WgmmaPlan::of_one_item(problem, device)?;
         if !problem.head_dim().is_multiple_of(16) {
             return Err("bulk copies need rows of 8-bit elements that are multiples of 16 bytes");
         }
@@ -120,7 +120,6 @@ pub fn launch_low_bit_wgmma(
         }
         None => (tensor_map(v, tile.keys), problem.dtype().elem_type()),
     };
-    let items = problem.batch() * problem.query_heads() * problem.query_blocks();
     let row_map = |rows: &DeviceTensor<4>, count| word_map(rows, count, 32, TensorMapSwizzle::B128);
     // SAFETY: bulk copies stay inside the tensors by themselves; lists hold valid key blocks; the
     // log-sum-exp is written for rows below `query_len` only.
@@ -142,15 +141,7 @@ pub fn launch_low_bit_wgmma(
                 shift.buffer_arg(),
             ),
             outputs.lse.buffer_arg(),
-            ForwardScalarsLaunch::new(
-                items as u32,
-                problem.query_heads() as u32,
-                (problem.query_heads() / problem.kv_heads()) as u32,
-                problem.query_len() as u32,
-                problem.key_len() as u32,
-                problem.scale(),
-                problem.causal_shift(),
-            ),
+            scalars(problem, plan.forward.cubes),
             config,
             problem.dtype().elem_type(),
             value_type,

@@ -35,11 +35,11 @@ pub(super) fn produce<V: Numeric>(
     while index < scalars.items {
         let work = Work::new(list, index, scalars, config.forward).never_empty();
         let item = work.item;
-        barrier::wait(memory.query_empty(), query_parity);
+        barrier::wait(memory.query_empty(0u32), query_parity);
         query_parity ^= 1;
         item.write(memory, note);
         note = next_note(note);
-        let full = memory.query_full();
+        let full = memory.query_full(0u32);
         barrier::arrive_expect(full, comptime!(tile.query_bytes() as u32));
         tma::load(
             memory.queries,
@@ -59,6 +59,7 @@ pub(super) fn produce<V: Numeric>(
             .div_ceil(comptime!(config.forward.block_k as u32));
         let heads = scalars.heads / scalars.group;
         let first_scale = (source.batch * heads + source.head) * key_blocks;
+        let queries = scalars.scale * std::f32::consts::LOG2_E * scales.queries[index as usize];
         for t in 0..item.tiles {
             let keys = work.tile(list, t);
             barrier::wait(memory.key_empty(place.stage), place.parity ^ 1);
@@ -67,7 +68,9 @@ pub(super) fn produce<V: Numeric>(
             if block < key_blocks {
                 scale = scales.keys[(first_scale + block) as usize];
             }
-            write_keys(memory, place.stage, Keys::new(keys), scale);
+            // Positive, also where it would underflow, so that it leaves masked scores below all others.
+            let factor = queries * scale + 1.0e-37;
+            write_keys(memory, place.stage, Keys::new(keys), factor);
             let full = memory.key_full(place.stage);
             barrier::arrive_expect(full, comptime!(tile.key_bytes() as u32));
             let to = memory.keys + place.stage * comptime!(tile.key_bytes() as u32);
@@ -89,20 +92,20 @@ pub(super) fn produce<V: Numeric>(
     }
 }
 
-/// Keys of a stage, and their scale.
+/// Keys of a stage, and what turns products of codes with them into base-2 scores.
 #[derive(CubeType)]
 pub(super) struct ScaledKeys {
     pub keys: Keys,
-    pub scale: f32,
+    pub factor: f32,
 }
 
 /// Tells consumers which keys are in a stage.
 #[cube]
-fn write_keys(memory: Memory, stage: u32, keys: Keys, scale: f32) {
+fn write_keys(memory: Memory, stage: u32, keys: Keys, factor: f32) {
     let mut words = Vector::<u32, Const<4>>::empty();
     words.insert(0usize, keys.first);
     words.insert(1usize, keys.count);
-    words.insert(2usize, u32::reinterpret(scale));
+    words.insert(2usize, u32::reinterpret(factor));
     words.insert(3usize, 0u32);
     math::store_chunk(memory.key_note(stage), words);
 }
@@ -116,6 +119,6 @@ pub(super) fn read_keys(memory: Memory, stage: u32) -> ScaledKeys {
             first: words.extract(0usize),
             count: words.extract(1usize),
         },
-        scale: f32::reinterpret(words.extract(2usize)),
+        factor: f32::reinterpret(words.extract(2usize)),
     }
 }

@@ -1,121 +1,155 @@
 //! Online softmax on scores of codes.
 //!
 //! As in [`crate::forward`], but that each tile of keys has a scale of its own, so maxima are those of
-//! scaled scores, and that FP8 weights are relative to the largest score so far, as they saturate.
+//! scaled scores, and that FP8 weights saturate.
 
 use crate::forward::producer::Keys;
 use cubecl::prelude::*;
 
 use super::config::LowBitConfig;
 use crate::forward::kernel::ForwardScalars;
-use crate::forward::softmax::{Row, RowPair, mask, quad_max};
+use crate::forward::softmax::{LARGEST, Row, RowPair, Tops, Weights, is_partial, mask, quad_max};
 use crate::ptx::{low_bit, math};
 
-/// Powers of two by which scores may exceed the maximum in use.
-const SLACK: f32 = 8.0;
+/// log2 of the FP8 weight of a score that is the maximum in use. A unit's 16 of a row add up to 224, less
+/// than the limit, and weights of less than 2^-10 of the largest lose bits, of the 2^-15 that e4m3 could
+/// hold beside it.
+pub(super) const FP8_SHIFT: f32 = 3.807_355;
 
-/// log2(448): FP8 weights are up to 448.
-pub(super) const FP8_SHIFT: f32 = 8.807_355;
+/// The largest FP8 weight, 448: where e4m3 saturates.
+const FP8_LARGEST: f32 = 448.0;
 
-/// Turns the scores in registers `sco`, times `factor`, into weights `2^(S - m)`, 448 times that in
-/// FP8, packed, and brings the rows up to date.
+/// The scores in the registers of `buffer`, of codes.
 #[cube]
-pub(super) fn softmax(
-    rows: &mut RowPair,
-    keys: Keys,
-    factor: f32,
-    scalars: ForwardScalars,
-    #[comptime] config: LowBitConfig,
-) -> Array<u32> {
+fn read_scores(#[comptime] buffer: usize, #[comptime] config: LowBitConfig) -> Array<f32> {
     let products = comptime!(config.products());
     let count = comptime!(products.keys / 2);
     let mut scores = Array::<f32>::new(count);
     #[unroll]
     for step in 0..comptime!(count / 8) {
-        let some = low_bit::read_scores(step, products);
+        let some = low_bit::read_scores(buffer, step, products);
         #[unroll]
         for i in 0..8usize {
             scores[comptime!(8 * step + i)] = some.extract(i);
         }
     }
-    let lowest = f32::reinterpret(0xFF80_0000u32);
-    mask(&mut scores, &*rows, keys, lowest, scalars, config.forward);
-
-    let mut upper_max = lowest;
-    let mut lower_max = lowest;
-    #[unroll]
-    for i in 0..comptime!(count / 4) {
-        #[unroll]
-        for j in 0..2usize {
-            upper_max = max(upper_max, scores[comptime!(4 * i + j)]);
-            lower_max = max(lower_max, scores[comptime!(4 * i + 2 + j)]);
-        }
-    }
-    raise(&mut rows.upper, upper_max, factor, config);
-    raise(&mut rows.lower, lower_max, factor, config);
-
-    let top = comptime!(if config.fp8 { FP8_SHIFT } else { 0.0 });
-    let upper_shift = top - rows.upper.max;
-    let lower_shift = top - rows.lower.max;
-    #[unroll]
-    for i in 0..count {
-        if comptime!(i / 2 % 2 == 0) {
-            scores[i] = math::exp2(fma(scores[i], factor, upper_shift));
-            rows.upper.sum += scores[i];
-        } else {
-            scores[i] = math::exp2(fma(scores[i], factor, lower_shift));
-            rows.lower.sum += scores[i];
-        }
-    }
-    pack(&scores, config)
+    scores
 }
 
-/// Takes the unit's largest score of a tile into account.
+/// The largest of `scores`, times `factor`.
 #[cube]
-fn raise(row: &mut Row, tile_max: f32, factor: f32, #[comptime] config: LowBitConfig) {
-    let tile_max = quad_max(tile_max) * factor;
-    let mut new_max = max(row.max, tile_max);
-    if comptime!(!config.fp8) {
-        new_max = select(tile_max - row.max > SLACK, tile_max, row.max);
-    }
+fn top_scores(scores: &Array<f32>, factor: f32, #[comptime] config: LowBitConfig) -> Tops {
+    let mut tops = Tops::new(scores, lowest(), comptime!(config.products().keys));
+    tops.upper *= factor;
+    tops.lower *= factor;
+    tops
+}
+
+/// Below all scores.
+#[cube]
+fn lowest() -> f32 {
+    f32::reinterpret(0xFF80_0000u32)
+}
+
+/// Raises the maxima to those of a tile with these `tops`.
+#[cube]
+fn raise(rows: &mut RowPair, tops: &Tops) {
+    raise_row(&mut rows.upper, tops.upper);
+    raise_row(&mut rows.lower, tops.lower);
+}
+
+#[cube]
+fn raise_row(row: &mut Row, tile_max: f32) {
+    let new_max = max(row.max, quad_max(tile_max));
     row.correction = math::exp2(row.max - new_max);
     row.sum *= row.correction;
     row.max = new_max;
 }
 
-/// The weights as the left side of a product.
+/// Makes the weights `2^(S factor - m)` of `scores` with the maxima in use; in FP8 times
+/// `2^FP8_SHIFT`.
 #[cube]
-fn pack(weights: &Array<f32>, #[comptime] config: LowBitConfig) -> Array<u32> {
-    let count = comptime!(config.products().keys / 2);
-    let words = comptime!(if config.fp8 { count / 4 } else { count / 2 });
-    let mut packed = Array::<u32>::new(words);
+fn make_weights(
+    weights: &mut Weights,
+    rows: &RowPair,
+    scores: &Array<f32>,
+    factor: f32,
+    #[comptime] config: LowBitConfig,
+) {
+    let top = comptime!(if config.fp8 { FP8_SHIFT } else { 0.0 });
+    let upper_shift = top - rows.upper.max;
+    let lower_shift = top - rows.lower.max;
+    weights.upper_sum = 0.0;
+    weights.lower_sum = 0.0;
+    let fp8 = config.fp8;
+    let words = comptime!(config.weight_words());
     #[unroll]
     for i in 0..words {
-        if comptime!(config.fp8) {
-            // Two scores of a row and the two 8 keys further.
-            let first = comptime!(i / 2 * 8 + i % 2 * 2);
-            packed[i] = low_bit::pack_e4m3(
-                weights[first],
-                weights[comptime!(first + 1)],
-                weights[comptime!(first + 4)],
-                weights[comptime!(first + 5)],
-            );
+        // Of a row: two neighbouring scores, and in FP8 the two 8 keys further.
+        let upper = comptime!(i % 2 == 0);
+        let shift = if upper { upper_shift } else { lower_shift };
+        let first = comptime!(if fp8 { i / 2 * 8 + i % 2 * 2 } else { 2 * i });
+        let a = math::exp2(fma(scores[first], factor, shift));
+        let b = math::exp2(fma(scores[comptime!(first + 1)], factor, shift));
+        let mut sum = a + b;
+        if fp8 {
+            let c = math::exp2(fma(scores[comptime!(first + 4)], factor, shift));
+            let d = math::exp2(fma(scores[comptime!(first + 5)], factor, shift));
+            sum += c + d;
+            weights.packed[i] = low_bit::pack_e4m3(a, b, c, d);
         } else {
-            packed[i] = math::pack(
-                weights[comptime!(2 * i)],
-                weights[comptime!(2 * i + 1)],
-                comptime!(config.products().format.unwrap()),
-            );
+            weights.packed[i] = math::pack(a, b, comptime!(config.products().format.unwrap()));
+        }
+        if upper {
+            weights.upper_sum += sum;
+        } else {
+            weights.lower_sum += sum;
         }
     }
-    packed
 }
 
-/// Makes the packed weights of a tile the left side of the next product.
+/// Makes the weights of the scores in `buffer`, and adds them to the rows' sums: as in [`crate::forward`],
+/// with the maxima in use before it is known whether those must rise.
 #[cube]
-pub(super) fn write_weights(weights: &Array<u32>, #[comptime] config: LowBitConfig) {
-    let keys = comptime!(config.products().keys);
-    let words = comptime!(if config.fp8 { keys / 8 } else { keys / 4 });
+pub(super) fn make_tile_weights(
+    weights: &mut Weights,
+    rows: &mut RowPair,
+    keys: Keys,
+    factor: f32,
+    scalars: ForwardScalars,
+    #[comptime] buffer: usize,
+    #[comptime] config: LowBitConfig,
+) {
+    let partial = is_partial(&*rows, keys, scalars, config.forward);
+    rows.raised = true;
+    if !partial {
+        let scores = read_scores(buffer, config);
+        make_weights(weights, &*rows, &scores, factor, config);
+        rows.raised = weights.exceed(comptime!(if config.fp8 { FP8_LARGEST } else { LARGEST }));
+    }
+    if rows.raised {
+        let mut scores = read_scores(buffer, config);
+        if partial {
+            mask(&mut scores, &*rows, keys, lowest(), scalars, config.forward);
+        }
+        raise(rows, &top_scores(&scores, factor, config));
+        make_weights(weights, &*rows, &scores, factor, config);
+        weights.make_before();
+    } else {
+        rows.upper.correction = 1.0;
+        rows.lower.correction = 1.0;
+    }
+    rows.add(&*weights);
+}
+
+/// Makes the packed weights of a tile those of `buffer`.
+#[cube]
+pub(super) fn write_weights(
+    weights: &Array<u32>,
+    #[comptime] buffer: usize,
+    #[comptime] config: LowBitConfig,
+) {
+    let words = comptime!(config.weight_words());
     #[unroll]
     for step in 0..comptime!(words / 4) {
         let mut four = Vector::<u32, Const<4>>::empty();
@@ -123,6 +157,6 @@ pub(super) fn write_weights(weights: &Array<u32>, #[comptime] config: LowBitConf
         for i in 0..4usize {
             four.insert(i, weights[comptime!(4 * step + i)]);
         }
-        low_bit::write_weights(four, step);
+        low_bit::write_weights(four, buffer, step);
     }
 }

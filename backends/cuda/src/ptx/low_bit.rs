@@ -5,9 +5,11 @@
 //! | name | holds | layout in unit `l` of warp `w` |
 //! |---|---|---|
 //! | `sco<K/2>` | s32 or f32 scores `[64, K]` | as `acc` |
+//! | `nxt<K/2>` | scores of the tile after it | the same |
 //! | `par<N/2>` | f32 product of one tile `[64, N]` | as `acc` |
 //! | `qry<D/8>` | queries `[64, D]`, 8 bits, A operand | register `i`: row `16w + l/4 + 8(i%2)`, columns `32(i/4) + 16(i/2%2) + 4(l%4)` and three more |
 //! | `prb<K/8>` | weights `[64, K]`, FP8, A operand | the same, or as in [`super::wgmma`] for 16-bit weights |
+//! | `prn<K/8>` | those of the tile after it | the same |
 //!
 //! Both operands of an 8-bit product are K-major: values come transposed, `[N, K]`. Within 32 keys
 //! they lie in the order in which a unit's scores fill its registers `prb`: see [`key_of_slot`].
@@ -15,7 +17,10 @@
 use cubecl::prelude::*;
 
 use super::value;
-use super::wgmma::{add_product, clear, list, load_rows, moves, read_eight, write_four};
+use super::wgmma::{
+    add_product, clear, list, load_rows, moves, probability_buffer, read_eight, score_buffer,
+    write_four,
+};
 
 /// Sizes of the products of one kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,9 +59,10 @@ fn declare_text(p: LowBitProducts) -> String {
         None => (p.keys / 8, p.value_dim / 2),
     };
     format!(
-        ".reg .f32 acc<{}>; .reg .f32 par<{parts}>; .reg .{scores} sco<{}>; .reg .b32 prb<{weights}>; \
-         .reg .b32 qry<{}>;",
+        ".reg .f32 acc<{}>; .reg .f32 par<{parts}>; .reg .{scores} sco<{}>; .reg .{scores} nxt<{}>; \
+         .reg .b32 prb<{weights}>; .reg .b32 prn<{weights}>; .reg .b32 qry<{}>;",
         p.value_dim / 2,
+        p.keys / 2,
         p.keys / 2,
         p.head_dim / 8,
     )
@@ -82,21 +88,22 @@ pub(crate) fn load_queries(at: u32, #[comptime] rows: usize, #[comptime] p: LowB
     load_rows("qry", at, rows, comptime!(p.head_dim / 2));
 }
 
-/// Begins `sco = Q K^T` with `Q` the registers `qry` and `K` the tile that `keys` describes.
+/// Begins `S = Q K^T` with `Q` the registers `qry` and `K` the tile that `keys` describes, into buffer 0
+/// or 1: `sco` or `nxt`.
 #[cube]
-pub(crate) fn scores(keys: u64, #[comptime] p: LowBitProducts) {
+pub(crate) fn scores(keys: u64, #[comptime] buffer: usize, #[comptime] p: LowBitProducts) {
     let keys = value::<u64>(keys);
-    let text = comptime!(scores_text(p));
+    let text = comptime!(scores_text(p, score_buffer(buffer)));
     gpu_asm!("/* {keys} */ {text}", keys = in(_) keys);
 }
 
-fn scores_text(p: LowBitProducts) -> String {
+fn scores_text(p: LowBitProducts, to: &str) -> String {
     let (types, flags) = if p.int8 {
         ("s32.s8.s8", "")
     } else {
         ("f32.e4m3.e4m3", ", 1, 1")
     };
-    product_text(types, flags, p.keys, p.head_dim, "sco", "qry")
+    product_text(types, flags, p.keys, p.head_dim, to, "qry")
 }
 
 /// Begins `par = P V` with `P` the registers `prb` and `V` the tile that `values` describes.
@@ -139,12 +146,18 @@ fn product_text(
     text + "}"
 }
 
-/// Begins `acc += P V` with `P` the registers `prb`, 16 bits, and `V` the tile that `values` describes;
+/// Begins `acc += P V` with `P` a buffer of weights, 16 bits, and `V` the tile that `values` describes;
 /// `acc = P V` with `anew`.
 #[cube]
-pub(crate) fn accumulate(values: u64, anew: bool, #[comptime] p: LowBitProducts) {
+pub(crate) fn accumulate(
+    values: u64,
+    anew: bool,
+    #[comptime] buffer: usize,
+    #[comptime] p: LowBitProducts,
+) {
     let format = comptime!(p.format.unwrap());
-    add_product(values, anew, "acc", "prb", p.value_dim, p.keys, format);
+    let left = comptime!(probability_buffer(buffer));
+    add_product(values, anew, "acc", left, p.value_dim, p.keys, format);
 }
 
 /// `acc = acc factor + par`, with a factor to each of the unit's two rows.
@@ -179,30 +192,36 @@ pub(crate) fn clear_product(#[comptime] p: LowBitProducts) {
     clear("par", comptime!(p.value_dim / 2));
 }
 
-/// Eight neighbouring registers of `sco`, of a finished product, as f32: keys
+/// Eight neighbouring registers of a buffer of scores, of a finished product, as f32: keys
 /// `16 group..16 group + 16`.
 #[cube]
 pub(crate) fn read_scores(
+    #[comptime] buffer: usize,
     #[comptime] group: usize,
     #[comptime] p: LowBitProducts,
 ) -> Vector<f32, Const<8>> {
+    let name = comptime!(score_buffer(buffer));
     if comptime!(p.int8) {
         let text = comptime!(moves(8, |i| format!(
-            "cvt.rn.f32.s32 %{i}, sco{}; ",
+            "cvt.rn.f32.s32 %{i}, {name}{}; ",
             8 * group + i
         )));
         let values: Vector<f32, Const<8>>;
         gpu_asm!("/* {values} */ {text}", values = out(_) values);
         values
     } else {
-        read_eight("sco", group)
+        read_eight(name, group)
     }
 }
 
-/// Replaces four neighbouring registers of `prb`; no product may be reading them.
+/// Replaces four neighbouring registers of a buffer of weights; no product may be reading them.
 #[cube]
-pub(crate) fn write_weights(words: Vector<u32, Const<4>>, #[comptime] group: usize) {
-    write_four("prb", words, group);
+pub(crate) fn write_weights(
+    words: Vector<u32, Const<4>>,
+    #[comptime] buffer: usize,
+    #[comptime] group: usize,
+) {
+    write_four(comptime!(probability_buffer(buffer)), words, group);
 }
 
 /// Four f32 rounded to e4m3, to even, saturating at 448; NaN stays NaN. The first is in the lowest byte.

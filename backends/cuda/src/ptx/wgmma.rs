@@ -8,6 +8,7 @@
 //! | `sco<K/2>` | f32 scores `[64, K]` | the same |
 //! | `nxt<K/2>` | f32 scores of the tile after it | the same |
 //! | `prb<K/4>` | probabilities `[64, K]`, 16 bits, A operand | scores' registers `2i` and `2i+1` are the halves of register `i` |
+//! | `prn<K/4>` | those of the tile after it | the same |
 //! | `qry<D/4>` | queries `[64, D]`, 16 bits, A operand | as `prb` |
 //!
 //! B operands are shared tiles with the 128-byte swizzle, in boxes of 64 columns.
@@ -51,10 +52,11 @@ pub(crate) fn declare_registers(#[comptime] products: Products) {
 fn declare_text(p: Products) -> String {
     format!(
         ".reg .f32 acc<{}>; .reg .f32 sco<{}>; .reg .f32 nxt<{}>; .reg .b32 prb<{}>; \
-         .reg .b32 qry<{}>;",
+         .reg .b32 prn<{}>; .reg .b32 qry<{}>;",
         p.value_dim / 2,
         p.keys / 2,
         p.keys / 2,
+        p.keys / 4,
         p.keys / 4,
         p.head_dim / 4,
     )
@@ -94,8 +96,13 @@ pub(crate) fn wait(#[comptime] pending: u32) {
 }
 
 /// The registers of a buffer of scores: `sco` or `nxt`.
-fn score_buffer(buffer: usize) -> &'static str {
+pub(super) fn score_buffer(buffer: usize) -> &'static str {
     ["sco", "nxt"][buffer]
+}
+
+/// The registers of a buffer of probabilities: `prb` or `prn`.
+pub(super) fn probability_buffer(buffer: usize) -> &'static str {
+    ["prb", "prn"][buffer]
 }
 
 /// Begins `S = Q K^T`, with `Q` the registers `qry` and `K` the tile that `keys` describes, into
@@ -105,6 +112,33 @@ pub(crate) fn scores(keys: u64, #[comptime] buffer: usize, #[comptime] products:
     let keys = value::<u64>(keys);
     let text = comptime!(scores_text(products, score_buffer(buffer)));
     gpu_asm!("/* {keys} */ {text}", keys = in(_) keys);
+}
+
+/// The same for queries in shared memory: a tile of 64 rows in one box of 64 columns.
+#[cube]
+pub(crate) fn scores_of_shared(queries: u64, keys: u64, #[comptime] products: Products) {
+    let (queries, keys) = (value::<u64>(queries), value::<u64>(keys));
+    let text = comptime!(scores_of_shared_text(products));
+    gpu_asm!("/* {queries} {keys} */ {text}", queries = in(_) queries, keys = in(_) keys);
+}
+
+fn scores_of_shared_text(p: Products) -> String {
+    let format = p.format();
+    let mut text = String::from(
+        "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 a, b; ",
+    );
+    for step in 0..p.head_dim / 16 {
+        text += &format!(
+            "add.u64 a, %0, {}; add.u64 b, %1, {}; \
+             wgmma.mma_async.sync.aligned.m64n{}k16.f32.{format}.{format} {}, a, b, {}, 1, 1, 0, 0; ",
+            step * 2,
+            step * 2,
+            p.keys,
+            list("sco", 0..p.keys / 2),
+            if step == 0 { "first" } else { "more" },
+        );
+    }
+    text + "}"
 }
 
 fn scores_text(p: Products, to: &str) -> String {
@@ -127,16 +161,21 @@ fn scores_text(p: Products, to: &str) -> String {
     text + "}"
 }
 
-/// Begins `acc += P V` with `P` the registers `prb` and `V` the tile that `values` describes; `acc = P V`
-/// with `anew`.
+/// Begins `acc += P V` with `P` the registers of a buffer of probabilities and `V` the tile that `values`
+/// describes; `acc = P V` with `anew`.
 #[cube]
-pub(crate) fn accumulate(values: u64, anew: bool, #[comptime] products: Products) {
+pub(crate) fn accumulate(
+    values: u64,
+    anew: bool,
+    #[comptime] buffer: usize,
+    #[comptime] products: Products,
+) {
     let p = products;
     add_product(
         values,
         anew,
         "acc",
-        "prb",
+        comptime!(probability_buffer(buffer)),
         p.value_dim,
         p.keys,
         comptime!(p.format()),
@@ -191,6 +230,28 @@ pub(crate) fn grow_registers(#[comptime] count: u32) {
     gpu_asm!("setmaxnreg.inc.sync.aligned.u32 {count};", count = const count);
 }
 
+/// Has ptxas believe in [`grow_registers`] in a kernel whose products are all narrower than 128 columns:
+/// a product of 128 that is never begun.
+///
+/// It ignores `setmaxnreg` where it is not certain of the registers at entry (C7508), as where two cubes
+/// might share a multiprocessor, and it is if a product's registers leave room for one only.
+#[cube]
+pub(crate) fn claim_registers() {
+    let never = value::<u32>(u32::cast_from(UNIT_POS_Y));
+    let text = comptime!({
+        let zeros = moves(64, |i| format!("mov.f32 wide{i}, 0f00000000; "));
+        let stores = moves(64, |i| format!("st.volatile.shared.f32 [%0], wide{i}; "));
+        let wide = list("wide", 0..64);
+        format!(
+            "{{ .reg .f32 wide<64>; .reg .pred never; .reg .u64 at; setp.eq.u32 never, %0, 0; \
+             @never bra SKIP; {zeros} cvt.u64.u32 at, %0; wgmma.fence.sync.aligned; \
+             wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {wide}, at, at, 1, 1, 1, 0, 0; \
+             wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; {stores} SKIP: }}"
+        )
+    });
+    gpu_asm!("/* {never} */ {text}", never = in(_) never);
+}
+
 /// Eight neighbouring registers of a buffer of scores, of a finished product: keys
 /// `16 group..16 group + 16`.
 #[cube]
@@ -217,11 +278,15 @@ pub(crate) fn compute_before(bits: u32) {
     );
 }
 
-/// Replaces four registers of `prb`, of keys `16 group..16 group + 16`; no product may be reading
-/// them.
+/// Replaces four registers of a buffer of probabilities, of keys `16 group..16 group + 16`; no product
+/// may be reading them.
 #[cube]
-pub(crate) fn write_probability_step(packed: Vector<u32, Const<4>>, #[comptime] group: usize) {
-    write_four("prb", packed, group);
+pub(crate) fn write_probability_step(
+    packed: Vector<u32, Const<4>>,
+    #[comptime] buffer: usize,
+    #[comptime] group: usize,
+) {
+    write_four(comptime!(probability_buffer(buffer)), packed, group);
 }
 
 /// Multiplies `acc` by `upper` in the unit's upper row and by `lower` in its lower row.

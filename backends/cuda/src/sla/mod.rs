@@ -29,8 +29,8 @@ use cubesla_kernels::{AttentionProblem, DType, DeviceTensor, ProblemError};
 use kernel::{SlaConfig, SlaScalarsLaunch, sla_forward_wgmma};
 use states::{StatesConfig, StatesScalarsLaunch, marginal_states_wgmma};
 
-use crate::forward::kernel::{ForwardConfig, ForwardScalarsLaunch};
-use crate::forward::{WgmmaPlan, tensor_map, tile_keys};
+use crate::forward::kernel::ForwardConfig;
+use crate::forward::{WgmmaPlan, scalars, tensor_map, tile_keys};
 use crate::linear::ring::StateTile;
 use crate::linear::total_states;
 use crate::low_bit::{WgmmaLowBitPlan, launch_low_bit_wgmma};
@@ -59,7 +59,7 @@ impl WgmmaSlaPlan {
         let low_bit = formats
             .map(|formats| WgmmaLowBitPlan::new(problem, device, formats))
             .transpose()?;
-        let mut forward = WgmmaPlan::new(problem, device)?;
+        let mut forward = WgmmaPlan::of_one_item(problem, device)?;
         // The linear branch takes the registers of a second tile's scores.
         forward.tile.ahead = false;
         if low_bit.is_some() {
@@ -167,7 +167,6 @@ pub fn launch_sla_wgmma(
         }
     };
     let products = tile.products();
-    let items = problem.batch() * problem.query_heads() * problem.query_blocks();
     // SAFETY: bulk copies stay inside the tensors by themselves; lists hold valid key blocks; the
     // log-sum-exp is written, if saved, for rows below `query_len` only.
     unsafe {
@@ -189,15 +188,7 @@ pub fn launch_sla_wgmma(
             inputs.critical.launch_arg(),
             lse.buffer_arg(),
             SlaScalarsLaunch::new(
-                ForwardScalarsLaunch::new(
-                    items as u32,
-                    problem.query_heads() as u32,
-                    (problem.query_heads() / problem.kv_heads()) as u32,
-                    problem.query_len() as u32,
-                    problem.key_len() as u32,
-                    problem.scale(),
-                    0,
-                ),
+                scalars(problem, plan.forward.cubes),
                 logit_strides[0] as u32,
                 logit_strides[1] as u32,
             ),
