@@ -109,9 +109,14 @@ impl fmt::Display for WgmmaPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tile = self.tile;
         let (rows, keys, stages) = (tile.rows(), tile.keys, tile.stages);
+        let streams = if tile.streams > 1 {
+            format!("{} streams, ", tile.streams)
+        } else {
+            String::new()
+        };
         write!(
             f,
-            "wgmma {rows}x{keys}, {stages} stages, {} cubes",
+            "wgmma {rows}x{keys}, {streams}{stages} stages, {} cubes",
             self.cubes
         )
     }
