@@ -118,6 +118,24 @@ fn grouped_heads() {
 }
 
 #[test]
+fn more_query_blocks_than_multiprocessors() {
+    for (head_dim, value_dim, spread) in [(64, 64, 1.0), (40, 64, 4.0), (64, 32, 1.0)] {
+        check(AttentionCase {
+            batch: 2,
+            query_heads: 16,
+            kv_heads: 4,
+            query_len: 600,
+            key_len: 300,
+            head_dim,
+            value_dim,
+            spread,
+            options: blocks(128, 64),
+            ..AttentionCase::default()
+        });
+    }
+}
+
+#[test]
 fn causal_masks_cut_inside_blocks() {
     for causal in [Causal::TopLeft, Causal::BottomRight] {
         for (query_len, key_len) in [(90, 90), (50, 110), (110, 50)] {

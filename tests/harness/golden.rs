@@ -32,6 +32,14 @@ pub fn forward_cases() -> Vec<AttentionCase> {
         cases.push(case(dtype, 96, 40, 48, 80, Causal::None));
         cases.push(case(dtype, 64, 64, 16, 16, Causal::None));
     }
+    for dtype in [DType::F16, DType::BF16] {
+        // More query blocks than multiprocessors.
+        cases.push(AttentionCase {
+            query_heads: 160,
+            kv_heads: 2,
+            ..case(dtype, 64, 64, 128, 64, Causal::None)
+        });
+    }
     let of_tf32 = |case: &AttentionCase| AttentionCase {
         options: AttentionOptions {
             products: F32Products::Tf32,

@@ -60,8 +60,9 @@ impl WgmmaPlan {
         device: &DeviceProperties,
     ) -> Result<Self, &'static str> {
         let plan = Self::of_one_item(problem, device)?;
+        let shared = items(problem) > multiprocessors(device);
         // What a causal mask needs would be spilled, of half the registers.
-        if problem.causal() != Causal::None {
+        if !shared || problem.causal() != Causal::None {
             return Ok(plan);
         }
         Ok(Self::of_tile(plan.tile.in_streams(), problem, device))
