@@ -8,8 +8,9 @@ use std::process::ExitCode;
 
 use cubesla::plan::{ForwardEngine, ForwardPlan};
 use cubesla::{
-    AttentionOptions, AttentionProblem, Causal, Client, Critical, DType, FeatureMap, Format,
-    Granularity, InverseBlockList, LinearMode, Precision, RouterOptions, TopKOrder, dynamic_matmul,
+    AttentionOptions, AttentionOutput, AttentionProblem, Causal, Client, Critical, DType,
+    FeatureMap, Format, Granularity, InverseBlockList, LinearMode, Precision, RouterOptions,
+    TopKOrder, block_sparse_attention, block_sparse_attention_backward, dynamic_matmul,
     fake_quantize, linear_attention, low_bit_attention, quantize, quantized_matmul,
     quantized_matmul_backward, route, select_blocks, soft_top_k, soft_top_k_backward, top_k,
     upload, weight_only_matmul,
@@ -24,8 +25,9 @@ use harness::{AttentionCase, SlaCase};
 /// The name of a part, and what launches its kernels.
 type Part = (&'static str, fn(&Client));
 
-const PARTS: [Part; 4] = [
+const PARTS: [Part; 5] = [
     ("attention", compile_attention),
+    ("widths", compile_widths_of_hopper),
     ("sla", compile_sla_cases),
     ("selection", compile_selection),
     ("low-bits", compile_low_bits),
@@ -190,6 +192,40 @@ fn compile_selection(client: &Client) {
         soft_top_k_backward(client, &soft, &scores, 0.1).expect("a valid call");
         let rows = upload(client, &vec![0.0; 2 * len], [2, len], DType::F32).unwrap();
         top_k(client, &rows, 8, TopKOrder::Value).expect("a valid call");
+    }
+}
+
+/// Attention, its gradients and low bits at every width of Hopper's products, whose registers each width
+/// spends in its own way.
+fn compile_widths_of_hopper(client: &Client) {
+    for dim in (32..=128).step_by(16) {
+        let case = AttentionCase {
+            head_dim: dim,
+            value_dim: dim,
+            dtype: DType::F16,
+            options: AttentionOptions {
+                block_q: 128,
+                block_k: 64,
+                ..AttentionOptions::default()
+            },
+            ..AttentionCase::default()
+        };
+        let inputs = case.inputs();
+        let ([q, k, v], list) = case.upload_inputs(client, &inputs);
+        let problem = AttentionProblem::new(&q, &k, &v, &case.options).expect("a valid problem");
+        let plan = ForwardPlan::new(&problem, client.properties()).expect("a plan");
+        if !matches!(plan.engine, ForwardEngine::Wgmma(_)) {
+            return; // Of no interest on devices that have other engines.
+        }
+        println!("D={dim}: {plan}");
+        let (q, k, v, options) = (&q, &k, &v, &case.options);
+        let AttentionOutput { out, lse } =
+            block_sparse_attention(client, q, k, v, &list, options).expect("a valid call");
+        block_sparse_attention_backward(client, q, k, v, &out, &lse, &out, &list, options)
+            .expect("a valid call");
+        for formats in FORMATS {
+            low_bit_attention(client, q, k, v, &list, options, formats).expect("a valid call");
+        }
     }
 }
 

@@ -23,7 +23,7 @@ Usage: cargo xtask <command>
   bench [args]       run `cubesla bench`, optimised
   test [args]        run all tests, on a GPU or on software Vulkan, then `cuda`
   cuda [part]        compile the CUDA kernels for each architecture, with no GPU, and judge them;
-                     parts are attention, sla, selection and low-bits
+                     parts are attention, widths, sla, selection and low-bits
   application [features]
                      run tests/application, an application of Burn outside the workspace: by default
                      with wgpu, then with Burn's fusion too; `cuda,fusion` on a GPU of NVIDIA's

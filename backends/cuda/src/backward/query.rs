@@ -15,7 +15,8 @@ use crate::ptx::{backward, barrier, math, wgmma};
 
 /// As for the forward, with more for the consumers, who hold output gradients too.
 fn registers(tile: WgmmaTile) -> Option<(u32, u32)> {
-    (tile.consumers == 2 && tile.head_dim > 64).then_some((24, 240))
+    // Tiles of 32 keys do with an even share, and ptxas ignores `setmaxnreg` there.
+    (tile.consumers == 2 && tile.head_dim > 64 && tile.keys > 32).then_some((24, 240))
 }
 
 /// Shared addresses of the output gradients.
