@@ -11,6 +11,7 @@ mod inputs;
 mod layers;
 mod low_bits;
 mod plot;
+mod qat;
 mod report;
 
 use std::process::ExitCode;
@@ -40,6 +41,8 @@ enum Command {
     Report(report::Args),
     /// Errors of low-bit attention by format, and what training wins back: tables, curves
     LowBits(low_bits::Args),
+    /// Train a layer with attention in low bits, and see what that wins back: table, curves
+    Qat(qat::Args),
     /// Check and time every operation; compare with other libraries, draw times over sizes
     Bench(bench::Args),
 }
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args, &cli.device),
         Command::Report(args) => report::run(args, &cli.device),
         Command::LowBits(args) => low_bits::run(args, &cli.device),
+        Command::Qat(args) => qat::run(args, &cli.device),
         Command::Bench(args) => bench::run(args, &cli.device),
     };
     match result {

@@ -20,6 +20,7 @@ Usage: cargo xtask <command>
   demo [args]        run `cubesla demo`
   report [args]      run `cubesla report`
   low-bits [args]    run `cubesla low-bits`
+  qat [args]         run `cubesla qat`
   bench [args]       run `cubesla bench`, optimised
   test [args]        run all tests, on a GPU or on software Vulkan, then `cuda`
   cuda [part]        compile the CUDA kernels for each architecture, with no GPU, and judge them;
@@ -30,8 +31,8 @@ Usage: cargo xtask <command>
   ci [--after-test]  run `test` unless it was run, then format, lints, documentation, links, and the
                      tests of Burn with fusion
 
-demo, report, low-bits, bench and test install software Vulkan first if the machine has no GPU (Debian,
-Ubuntu).";
+demo, report, low-bits, qat, bench and test install software Vulkan first if the machine has no GPU
+(Debian, Ubuntu).";
 
 fn main() -> ExitCode {
     match run() {
@@ -50,7 +51,7 @@ fn run() -> Result {
     };
     workspace::provide_runtime_folder()?;
     match (command.as_str(), args) {
-        ("demo" | "report" | "low-bits", args) => {
+        ("demo" | "report" | "low-bits" | "qat", args) => {
             device::ensure(false)?;
             step::run(cubesla(false).arg(command).args(args))
         }

@@ -2,7 +2,7 @@
 
 mod cases;
 mod compare;
-mod host;
+pub mod host;
 mod json;
 mod report;
 mod series;
