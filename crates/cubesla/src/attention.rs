@@ -82,7 +82,8 @@ pub fn block_sparse_attention(
 ///
 /// A NaN in `q` spoils its block of queries, a NaN or infinity in `k` its head; an infinity saturates in
 /// `q`, and in `v` in FP8. For quantization-aware training give `out` and `lse` to
-/// [`block_sparse_attention_backward`] with the same `q`, `k` and `v`.
+/// [`block_sparse_attention_backward`] with the same `q`, `k` and `v`, unless rounding is coarse: the
+/// book's chapter on accuracy has what then does better.
 ///
 /// Sources: SageAttention2++ (arXiv 2505.21136), SLA2 (arXiv 2602.12675); the reference is
 /// `cubesla_reference::low_bit::forward`.
