@@ -116,9 +116,6 @@ impl Report {
         // Their registers are counted by hand.
         let [traded, forced] = if kernel.contains("wgmma") {
             [0; 2]
-        } else if kernel.starts_with("weight_gradient_f_f32") {
-            // By tf32, whose fragments of f32 are twice as large, for sm_80.
-            [TRADED_ALLOWANCE.max(128), 128]
         } else {
             [TRADED_ALLOWANCE, FORCED_ALLOWANCE]
         };

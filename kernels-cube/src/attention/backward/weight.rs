@@ -9,7 +9,7 @@ use crate::engine::*;
 use crate::limits::{expect_loop_budget, grid};
 use crate::mask::TileWindow;
 use crate::rows::RowRange;
-use crate::{AttentionProblem, BlockList, Causal, DeviceTensor, ProblemError};
+use crate::{AttentionProblem, BlockList, Causal, DeviceTensor, FactorType, ProblemError};
 
 /// What is summed over a pair of blocks, with `S = a b^T` and `dP = dO V^T`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -51,13 +51,18 @@ impl WeightJob<'_> {
     pub fn run(&self, client: &Client, problem: &AttentionProblem) -> Result<(), ProblemError> {
         let (d, dv) = (problem.head_dim(), problem.value_dim());
         let device = client.properties();
+        // Two tiles of scores at once beside fragments of tf32, twice as large: ptxas spills of 32 columns.
+        let max_cols = match problem.factors() {
+            FactorType::Tf32 => 16,
+            _ => problem.block_k(),
+        };
         let needs = TileNeeds {
             owned: vec![d, dv],
             streamed: vec![d, dv],
             accumulators: vec![],
             lefts: 0,
             max_rows: problem.block_q(),
-            max_cols: problem.block_k(),
+            max_cols,
             max_stages: 1,
             unit_bytes: 4,
         };
