@@ -65,7 +65,14 @@ pub(crate) fn consume_in_streams<F: Float>(
         );
         let item = Item::read(memory, consumer.note);
         let mut rows = RowPair::new(item.first_query);
-        consumer.attend_in_turn(&mut rows, item.tiles, memory, scalars);
+        consumer.begin_scores(true, memory, 0usize);
+        consumer.attend(&mut rows, item.tiles, memory, scalars);
+        if UNIT_POS % 32 == 0 {
+            barrier::arrive(memory.query_empty(consumer.queries.stage));
+        }
+        consumer.queries.advance();
+        wgmma::wait(0u32);
+        consumer.release_values(memory);
         let item = Item::read(memory, consumer.note);
         consumer.note = next_note(consumer.note);
         store(out, lse, memory, item, &rows, scalars, config);
@@ -163,7 +170,8 @@ impl Consumer {
     }
 
     /// The tiles of an item; the scores of the first are there. While the softmax turns `S_t` into
-    /// `P_t`, the product `O += P_{t-1} V_{t-1}` is in flight.
+    /// `P_t`, the product `O += P_{t-1} V_{t-1}` is in flight, but in streams: there it has no registers for
+    /// `P_t` to come into, and waiting costs little beside another stream.
     fn attend_plainly(
         &mut self,
         rows: &mut RowPair,
@@ -172,6 +180,7 @@ impl Consumer {
         scalars: ForwardScalars,
     ) {
         let config = comptime!(self.config);
+        let beside = comptime!(config.tile.streams == 1);
         let keys = comptime!(config.tile.keys);
         let mut weights = Weights::new(config.tile.weight_words());
         make_tile_weights(
@@ -187,8 +196,11 @@ impl Consumer {
         for t in 1..tiles {
             self.begin_scores(true, memory, 0usize);
             self.begin_accumulate(t == 1, memory, 0usize);
-            wgmma::wait(1u32);
+            wgmma::wait(comptime!(u32::from(beside)));
             self.release_keys(memory);
+            if !beside {
+                self.release_values(memory);
+            }
             make_tile_weights(
                 &mut weights,
                 rows,
@@ -198,63 +210,14 @@ impl Consumer {
                 0usize,
                 config,
             );
-            wgmma::wait(0u32);
-            self.release_values(memory);
+            if beside {
+                wgmma::wait(0u32);
+                self.release_values(memory);
+            }
             rescale(&*rows, config);
             write_weights(&weights.packed, 0usize, keys);
         }
         self.begin_accumulate(tiles == 1, memory, 0usize);
-    }
-
-    /// The tiles of an item, its queries in shared memory: products and softmax take turns.
-    fn attend_in_turn(
-        &mut self,
-        rows: &mut RowPair,
-        tiles: u32,
-        memory: Memory,
-        scalars: ForwardScalars,
-    ) {
-        let config = comptime!(self.config);
-        let keys = comptime!(config.tile.keys);
-        let mut weights = Weights::new(config.tile.weight_words());
-        self.begin_scores(true, memory, 0usize);
-        wgmma::wait(0u32);
-        self.release_keys(memory);
-        make_tile_weights(
-            &mut weights,
-            rows,
-            self.begun,
-            self.bias,
-            scalars,
-            0usize,
-            config,
-        );
-        write_weights(&weights.packed, 0usize, keys);
-        for t in 1..tiles {
-            self.begin_scores(true, memory, 0usize);
-            self.begin_accumulate(t == 1, memory, 0usize);
-            wgmma::wait(0u32);
-            self.release_keys(memory);
-            self.release_values(memory);
-            make_tile_weights(
-                &mut weights,
-                rows,
-                self.begun,
-                self.bias,
-                scalars,
-                0usize,
-                config,
-            );
-            rescale(&*rows, config);
-            write_weights(&weights.packed, 0usize, keys);
-        }
-        if UNIT_POS % 32 == 0 {
-            barrier::arrive(memory.query_empty(self.queries.stage));
-        }
-        self.queries.advance();
-        self.begin_accumulate(tiles == 1, memory, 0usize);
-        wgmma::wait(0u32);
-        self.release_values(memory);
     }
 
     /// As [`attend_plainly`](Self::attend_plainly); `S_{t+1} = Q K_{t+1}^T` is in flight too, into
