@@ -109,6 +109,51 @@ where
     Ok(())
 }
 
+/// What a picture of a training says beside its curves.
+pub struct Training<'a> {
+    pub caption: &'a str,
+    /// Of the vertical axis.
+    pub quantity: &'a str,
+    /// How much of the picture lies above the highest point, as a factor.
+    pub room: f64,
+    /// Of the numbers on that axis.
+    pub digits: usize,
+    pub legend: SeriesLabelPosition,
+    /// Pixels.
+    pub size: (u32, u32),
+}
+
+/// Draws `lines` by step of training, from step and value 0 on, into the file `path`.
+pub fn by_step(path: &Path, training: Training<'_>, lines: &[Curve]) -> DrawResult {
+    register_fonts()?;
+    let all = || lines.iter().flat_map(|curve| &curve.points);
+    let last = all().map(|at| at.0).fold(1.0, f64::max);
+    let top = training.room * all().map(|at| at.1).fold(1e-6, f64::max);
+    let canvas = BitMapBackend::new(path, training.size).into_drawing_area();
+    canvas.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&canvas)
+        .caption(training.caption, text(&canvas, 24))
+        .margin(24)
+        .x_label_area_size(60)
+        .y_label_area_size(90)
+        .build_cartesian_2d(0.0..last, 0.0..top)?;
+    chart
+        .configure_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(BLACK.mix(0.12))
+        .axis_style(FAINT)
+        .x_desc("step of training")
+        .y_desc(training.quantity)
+        .axis_desc_style(text(&canvas, 20))
+        .label_style(text(&canvas, 18))
+        .x_label_formatter(&|x| format!("{x:.0}"))
+        .y_label_formatter(&|y| format!("{y:.*}", training.digits))
+        .draw()?;
+    curves(&canvas, &mut chart, lines, training.legend)?;
+    canvas.present()?;
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
