@@ -4,6 +4,7 @@ use cubesla::{
     AttentionOptions, Causal, DType, DeviceTensor, Error, ProblemError, block_sparse_attention,
     download, upload,
 };
+use harness::case::{blocks, causal_cases};
 use harness::{AttentionCase, Lists, client, dtypes};
 use proptest::prelude::*;
 
@@ -12,14 +13,6 @@ fn check(case: AttentionCase) {
     let client = client();
     for dtype in dtypes(&client) {
         AttentionCase { dtype, ..case }.check(&client);
-    }
-}
-
-fn blocks(block_q: usize, block_k: usize) -> AttentionOptions {
-    AttentionOptions {
-        block_q,
-        block_k,
-        ..AttentionOptions::default()
     }
 }
 
@@ -137,20 +130,7 @@ fn more_query_blocks_than_multiprocessors() {
 
 #[test]
 fn causal_masks_cut_inside_blocks() {
-    for causal in [Causal::TopLeft, Causal::BottomRight] {
-        for (query_len, key_len) in [(90, 90), (50, 110), (110, 50)] {
-            check(AttentionCase {
-                query_len,
-                key_len,
-                lists: Lists::Dense,
-                options: AttentionOptions {
-                    causal,
-                    ..blocks(32, 48)
-                },
-                ..AttentionCase::default()
-            });
-        }
-    }
+    causal_cases().into_iter().for_each(check);
 }
 
 #[test]

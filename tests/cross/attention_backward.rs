@@ -5,6 +5,7 @@ use cubesla::{
     AttentionOptions, AttentionProblem, Causal, DType, DeviceTensor, Error, HostBlockList,
     ProblemError, block_sparse_attention, block_sparse_attention_backward, download, upload,
 };
+use harness::case::{blocks, causal_cases};
 use harness::{AttentionCase, Lists, client, dtypes};
 use proptest::prelude::*;
 
@@ -13,14 +14,6 @@ fn check(case: AttentionCase) {
     let client = client();
     for dtype in dtypes(&client) {
         AttentionCase { dtype, ..case }.check_backward(&client);
-    }
-}
-
-fn blocks(block_q: usize, block_k: usize) -> AttentionOptions {
-    AttentionOptions {
-        block_q,
-        block_k,
-        ..AttentionOptions::default()
     }
 }
 
@@ -166,20 +159,7 @@ fn grouped_heads() {
 
 #[test]
 fn causal_masks_cut_inside_blocks() {
-    for causal in [Causal::TopLeft, Causal::BottomRight] {
-        for (query_len, key_len) in [(90, 90), (50, 110), (110, 50)] {
-            check(AttentionCase {
-                query_len,
-                key_len,
-                lists: Lists::Dense,
-                options: AttentionOptions {
-                    causal,
-                    ..blocks(32, 48)
-                },
-                ..AttentionCase::default()
-            });
-        }
-    }
+    causal_cases().into_iter().for_each(check);
 }
 
 #[test]

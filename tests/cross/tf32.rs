@@ -9,7 +9,7 @@ use cubesla::{
 };
 use cubesla_kernels::{FactorType, attention};
 use cubesla_reference::relative_error;
-use harness::case::{Inputs, wide};
+use harness::case::{Inputs, blocks, causal_cases, wide};
 use harness::sla::Combine;
 use harness::soft::SoftCase;
 use harness::{AttentionCase, Lists, Rng, SlaCase, client, rounded};
@@ -67,14 +67,6 @@ fn check(case: AttentionCase) {
     }
 }
 
-fn blocks(block_q: usize, block_k: usize) -> AttentionOptions {
-    AttentionOptions {
-        block_q,
-        block_k,
-        ..AttentionOptions::default()
-    }
-}
-
 #[test]
 fn every_width() {
     for (head_dim, value_dim) in [
@@ -125,20 +117,7 @@ fn lists_blocks_and_lengths() {
 
 #[test]
 fn causal_masks() {
-    for causal in [Causal::TopLeft, Causal::BottomRight] {
-        for (query_len, key_len) in [(90, 90), (50, 110), (110, 50)] {
-            check(AttentionCase {
-                query_len,
-                key_len,
-                lists: Lists::Dense,
-                options: AttentionOptions {
-                    causal,
-                    ..blocks(32, 48)
-                },
-                ..AttentionCase::default()
-            });
-        }
-    }
+    causal_cases().into_iter().for_each(check);
 }
 
 #[test]

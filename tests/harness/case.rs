@@ -329,6 +329,35 @@ impl AttentionCase {
     }
 }
 
+/// Options with blocks of that size.
+pub fn blocks(block_q: usize, block_k: usize) -> AttentionOptions {
+    AttentionOptions {
+        block_q,
+        block_k,
+        ..AttentionOptions::default()
+    }
+}
+
+/// Causal masks of both alignments, with fewer and with more queries than keys, that cut inside blocks.
+pub fn causal_cases() -> Vec<AttentionCase> {
+    let mut cases = Vec::new();
+    for causal in [Causal::TopLeft, Causal::BottomRight] {
+        for (query_len, key_len) in [(90, 90), (50, 110), (110, 50)] {
+            cases.push(AttentionCase {
+                query_len,
+                key_len,
+                lists: Lists::Dense,
+                options: AttentionOptions {
+                    causal,
+                    ..blocks(32, 48)
+                },
+                ..AttentionCase::default()
+            });
+        }
+    }
+    cases
+}
+
 /// The reference's name of a causal mask.
 pub fn causal(causal: Causal) -> attention::Causal {
     match causal {
