@@ -9,6 +9,7 @@ use cubesla_reference::blocks::BlockWeights;
 use cubesla_reference::linear::FeatureMap;
 use cubesla_reference::{Tensor, relative_error};
 
+use crate::backward::epsilon;
 use crate::rounded;
 
 /// Attention as a framework does it without a fused kernel: every matrix is stored in `dtype`,
@@ -289,4 +290,21 @@ pub fn gradient_bound(plain: &Tensor, exact: &Tensor, dtype: impl Into<FactorTyp
     let few = exact.data().len() < 512 && dtype != FactorType::F32;
     let factor = if few { 1.5 } else { 1.0 };
     (factor * bound(plain, exact, dtype)).max(1e-5)
+}
+
+/// The relative error that a gradient may have whose `terms`, without those subtracted from them,
+/// nearly cancel, as those of one key do: what rounding leaves of them. 0 where nine tenths of them
+/// or less are cancelled.
+pub fn cancelled_bound(terms: &Tensor, exact: &Tensor, dtype: impl Into<FactorType>) -> f64 {
+    let norm = |x: &Tensor| x.data().iter().map(|x| x * x).sum::<f64>().sqrt();
+    let (terms, exact) = (norm(terms), norm(exact));
+    if terms <= 10.0 * exact {
+        return 0.0;
+    }
+    let dtype = dtype.into();
+    // Sums of f32 numbers add some errors of their own.
+    let factor = if dtype == FactorType::F32 { 16.0 } else { 3.0 };
+    // Relative to what `relative_error` is relative to.
+    let unit = if exact == 0.0 { 1.0 } else { exact };
+    factor * epsilon(dtype) * terms / unit
 }

@@ -259,9 +259,19 @@ impl SlaCase {
 
         let branch = linear::forward(&q, &k, &v, phi, &taken, none);
         let ([ds, dl], weights) = self.combine_backward(&sparse.out, &branch, &dout);
-        let s = attention::backward(&q, &k, &v, &critical, scale, none, sparse, &ds);
-        let l = linear::backward(&q, &k, &v, phi, &taken, none, &branch, &dl);
-        let mut expected = vec![sum(&s.dq, &l.dq), sum(&s.dk, &l.dk), sum(&s.dv, &l.dv)];
+        let gradients = |sparse: &attention::Forward, branch: &Tensor| {
+            let s = attention::backward(&q, &k, &v, &critical, scale, none, sparse, &ds);
+            let l = linear::backward(&q, &k, &v, phi, &taken, none, branch, &dl);
+            vec![sum(&s.dq, &l.dq), sum(&s.dk, &l.dk), sum(&s.dv, &l.dv)]
+        };
+        let mut expected = gradients(sparse, &branch);
+        // Without outputs nothing is subtracted from `dP`.
+        let nothing = Tensor::zeros(case.out_shape());
+        let without_out = attention::Forward {
+            out: nothing.clone(),
+            lse: sparse.lse.clone(),
+        };
+        let terms = gradients(&without_out, &nothing);
         expected.extend(weights);
 
         let plain_sparse = plain::attention(&q, &k, &v, &critical, scale, none, dtype);
@@ -286,6 +296,9 @@ impl SlaCase {
             if at == 3 && self.combine != Combine::Sla {
                 exact = self.shared_logits(&exact);
                 bound = self.logit_bound(&exact, [&sparse.out, &branch], &dout);
+            }
+            if let Some(terms) = terms.get(at) {
+                bound = bound.max(plain::cancelled_bound(terms, &exact, dtype));
             }
             // Two branches' gradients, each within 1e-5 in f32, may nearly cancel in their sum.
             let bound = bound.max(2e-5);
