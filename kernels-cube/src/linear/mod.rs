@@ -9,6 +9,7 @@
 mod apply;
 #[allow(missing_docs, reason = "`CubeLaunch` derives a struct of its own")]
 mod backward;
+mod chunks;
 #[allow(missing_docs, reason = "`#[cube]` adds a module of its own")]
 mod feature_map;
 mod output;
@@ -20,9 +21,10 @@ pub(crate) use backward::{
     LinearInputs, Taken, global_gradients, linear_gradients, multiply_rows, weighted_by_key,
     weighted_by_query, weighted_output,
 };
+pub use chunks::add_chunks;
 pub use feature_map::{FeatureMap, feature};
 pub(crate) use output::{divide_rows, multiply_state};
-pub use states::{Chunks, States, add_chunks, state_scale, states};
+pub use states::{Chunks, States, state_scale, states};
 pub(crate) use states::{Normalised, gradient_states, outer_sums};
 
 use cubecl::prelude::*;

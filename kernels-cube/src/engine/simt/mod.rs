@@ -5,7 +5,14 @@
 //! eight read eight neighbouring vectors of a shared tile. Tiles are kept as f32 vectors of four
 //! with one vector of padding a row, which keeps the eight rows of a `mul_nt` in different banks.
 
-use cubecl::ir::HardwareProperties;
+mod memory;
+mod sizes;
+
+use memory::{SimtFragment, SimtLeft, SimtOperand};
+use sizes::rows_per_unit;
+pub(crate) use sizes::{simt_shared_memory, simt_supported};
+pub use sizes::{simt_tile, simt_tiles};
+
 use cubecl::prelude::*;
 
 use super::vectors::{add_column_sums, apply_feature_map, apply_normalised};
@@ -18,162 +25,6 @@ const LANES: usize = 8;
 
 /// The engine that needs nothing but shared memory.
 pub struct Simt;
-
-/// Shared tiles of `[rows, pitch]` vectors of four, one of which is turned to.
-#[derive(CubeType)]
-pub struct SimtOperand {
-    data: Shared<[Vec4]>,
-    /// First vector of the tile.
-    first: usize,
-    #[cube(comptime)]
-    rows: usize,
-    /// Vectors of a row that hold data.
-    #[cube(comptime)]
-    vectors: usize,
-    /// Vectors from one row to the next.
-    #[cube(comptime)]
-    pitch: usize,
-}
-
-/// A left side in shared memory, `[rows, pitch]`.
-#[derive(CubeType)]
-pub struct SimtLeft {
-    data: Shared<[f32]>,
-    #[cube(comptime)]
-    pitch: usize,
-}
-
-/// A fragment in a local array.
-#[derive(CubeType)]
-pub struct SimtFragment {
-    data: Array<f32>,
-    first_row: u32,
-    lane: u32,
-    #[cube(comptime)]
-    rows: usize,
-    #[cube(comptime)]
-    cols: usize,
-    #[cube(comptime)]
-    run: usize,
-}
-
-#[cube]
-impl SimtFragment {
-    fn zeros(#[comptime] tile: Tile, #[comptime] cols: usize, #[comptime] run: usize) -> Self {
-        let rows = comptime!(rows_per_unit(tile));
-        let mut data = Array::<f32>::new(comptime!(rows * cols));
-        #[unroll]
-        for i in 0..comptime!(rows * cols) {
-            data[i] = 0.0;
-        }
-        SimtFragment {
-            data,
-            first_row: UNIT_POS / comptime!(LANES as u32) * comptime!(rows as u32),
-            lane: UNIT_POS % comptime!(LANES as u32),
-            rows,
-            cols,
-            run,
-        }
-    }
-}
-
-/// Vectors from one row of a shared tile to the next: whole groups of the accumulator's columns, and
-/// one of padding.
-fn pitch(width: usize) -> usize {
-    (width / 4).next_multiple_of(LANES) + 1
-}
-
-/// Rows that each unit of a tile program holds.
-fn rows_per_unit(tile: Tile) -> usize {
-    tile.rows * LANES / tile.units
-}
-
-#[cube]
-impl Fragment for SimtFragment {
-    fn rows(&self) -> comptime_type!(usize) {
-        self.rows
-    }
-
-    fn cols(&self) -> comptime_type!(usize) {
-        self.cols
-    }
-
-    fn run(&self) -> comptime_type!(usize) {
-        self.run
-    }
-
-    fn get(&self, #[comptime] r: usize, #[comptime] c: usize) -> f32 {
-        self.data[comptime!(r * self.cols + c)]
-    }
-
-    fn set(&mut self, #[comptime] r: usize, #[comptime] c: usize, value: f32) {
-        self.data[comptime!(r * self.cols + c)] = value;
-    }
-
-    fn row(&self, #[comptime] r: usize) -> u32 {
-        self.first_row + comptime!(r as u32)
-    }
-
-    fn col(&self, #[comptime] c: usize) -> u32 {
-        let group = comptime!((c / self.run * LANES) as u32) + self.lane;
-        group * comptime!(self.run as u32) + comptime!((c % self.run) as u32)
-    }
-}
-
-#[cube]
-impl SimtOperand {
-    fn new(#[comptime] rows: usize, #[comptime] width: usize, #[comptime] stages: usize) -> Self {
-        let pitch = comptime!(pitch(width));
-        SimtOperand {
-            // An operand of no rows is never touched, but WGSL has no empty arrays.
-            data: Shared::new_slice(comptime!((stages * rows * pitch).max(1))),
-            first: 0usize.runtime(),
-            rows,
-            vectors: comptime!(width / 4),
-            pitch,
-        }
-    }
-
-    /// Where a vector of the tile lies.
-    fn at(&self, row: usize, vector: usize) -> usize {
-        self.first + row * comptime!(self.pitch) + vector
-    }
-}
-
-#[cube]
-impl VectorRows for SimtOperand {
-    fn rows(&self) -> comptime_type!(usize) {
-        self.rows
-    }
-
-    fn vectors(&self) -> comptime_type!(usize) {
-        self.vectors
-    }
-
-    fn size(&self) -> comptime_type!(usize) {
-        4usize
-    }
-
-    fn read(&self, row: usize, vector: usize) -> Array<f32> {
-        let x = self.data[self.at(row, vector)];
-        let mut values = Array::<f32>::new(4usize);
-        #[unroll]
-        for e in 0..4usize {
-            values[e] = x.extract(e);
-        }
-        values
-    }
-
-    fn write(&mut self, row: usize, vector: usize, values: &Array<f32>) {
-        let mut x = Vec4::new(0.0f32);
-        #[unroll]
-        for e in 0..4usize {
-            x.insert(e, values[e]);
-        }
-        let at = self.at(row, vector);
-        self.data[at] = x;
-    }
-}
 
 #[cube]
 impl<F: Float> TileEngine<F> for Simt {
@@ -520,68 +371,4 @@ fn read_four<F: Float, N: Size>(
         }
     }
     value
-}
-
-/// Whether this engine makes products of these factors, or why not.
-pub(crate) fn simt_supported(factors: FactorType) -> Result<(), &'static str> {
-    match factors {
-        FactorType::Tf32 => Err("it multiplies f32 as it is, and tf32 was asked for"),
-        FactorType::F32 | FactorType::F16 | FactorType::BF16 => Ok(()),
-    }
-}
-
-/// Tiles in the order they are tried: (rows, columns).
-///
-/// Larger tiles read each streamed row fewer times; the small ones exist for devices with 32 KiB of
-/// shared memory and wide heads.
-const CANDIDATES: [(usize, usize); 6] = [(64, 32), (32, 32), (32, 16), (16, 16), (16, 8), (8, 8)];
-
-/// Columns of accumulators per unit from which four rows would spill.
-const WIDE_ACCUMULATOR: usize = 4;
-
-/// The largest tile program that fits the device.
-pub fn simt_tile(needs: &TileNeeds, hardware: &HardwareProperties) -> Option<Tile> {
-    simt_tiles(needs, hardware).next()
-}
-
-/// All tile programs of this engine that fit the device, larger tiles first.
-pub fn simt_tiles(needs: &TileNeeds, hardware: &HardwareProperties) -> impl Iterator<Item = Tile> {
-    let columns: usize = needs
-        .accumulators
-        .iter()
-        .map(|width| width.div_ceil(4 * LANES) * 4)
-        .sum();
-    CANDIDATES
-        .into_iter()
-        .map(move |(rows, cols)| {
-            let rows_per_unit = if columns <= WIDE_ACCUMULATOR {
-                4usize
-            } else {
-                2
-            }
-            // Two planes of 32 at least, to hide some latency.
-            .min(rows * LANES / 64);
-            Tile {
-                rows,
-                cols,
-                units: rows * LANES / rows_per_unit,
-                stages: 1,
-            }
-        })
-        .filter(move |tile| tile.rows <= needs.max_rows && tile.cols <= needs.max_cols)
-        .filter(move |tile| tile.units <= hardware.max_units_per_cube as usize)
-        .filter(move |tile| simt_shared_memory(needs, *tile) <= hardware.max_shared_memory_size)
-}
-
-/// Bytes of shared memory of a tile program.
-pub(crate) fn simt_shared_memory(needs: &TileNeeds, tile: Tile) -> usize {
-    let operands = |rows: usize, widths: &[usize]| -> usize {
-        widths.iter().map(|&width| rows * pitch(width) * 16).sum()
-    };
-    operands(tile.rows, &needs.owned)
-        + tile.stages * operands(tile.cols, &needs.streamed)
-        + needs.lefts * tile.rows * (tile.cols + 1) * 4
-        + tile.rows * LANES * 4
-        // Feature maps reduce over a row's units.
-        + tile.units * 4
 }
