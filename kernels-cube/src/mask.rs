@@ -20,13 +20,14 @@ pub struct TileWindow {
 
 #[cube]
 impl TileWindow {
-    /// Whether `query` sees `key`.
-    pub fn sees(&self, query: u32, key: u32, #[comptime] causal: bool) -> bool {
-        let mut visible = key < self.end_key;
+    /// The first key that `query` does not see, of those from the tile's first on.
+    pub fn end_seen(&self, query: u32, #[comptime] causal: bool) -> u32 {
+        let mut end = self.end_key;
         if causal {
-            visible = visible && key as i32 <= query as i32 + self.causal_shift;
+            let seen = max(query as i32 + self.causal_shift + 1, 0);
+            end = min(end, seen as u32);
         }
-        visible
+        end
     }
 }
 
@@ -52,14 +53,10 @@ pub fn scale_and_mask<Fr: Fragment>(
 ) {
     #[unroll]
     for r in 0..scores.rows() {
-        let last_key = (window.first_query + scores.row(r)) as i32 + window.causal_shift;
+        let end = window.end_seen(window.first_query + scores.row(r), causal);
         #[unroll]
         for c in 0..scores.cols() {
-            let key = window.first_key + scores.col(c);
-            let mut visible = key < window.end_key;
-            if causal {
-                visible = visible && key as i32 <= last_key;
-            }
+            let visible = window.first_key + scores.col(c) < end;
             let score = select(visible, scores.get(r, c) * scale, f32::min_value());
             scores.set(r, c, score);
         }

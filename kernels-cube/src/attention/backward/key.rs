@@ -99,10 +99,14 @@ pub(crate) fn key_gradients<E: TileEngine<F>, F: Float, G: Float, N: Size, V: Si
                     let at = first_row + min(query, queries.end - 1) as usize;
                     // A row of nothing but blocks of weight 0 has an infinite one.
                     let shift = bias - max(statistics.lse[at], f32::min_value());
+                    let end = select(
+                        query < queries.end,
+                        window.end_seen(query, config.causal),
+                        0,
+                    );
                     #[unroll]
                     for r in 0..scores.rows() {
-                        let key = first_key + scores.row(r);
-                        let visible = query < queries.end && window.sees(query, key, config.causal);
+                        let visible = first_key + scores.row(r) < end;
                         let p = (scores.get(r, c) * scalars.scale + shift).exp();
                         scores.set(r, c, select(visible, p, 0.0));
                     }

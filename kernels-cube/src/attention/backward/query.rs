@@ -102,11 +102,10 @@ pub(crate) fn query_gradient<E: TileEngine<F>, F: Float, G: Float, N: Size, V: S
             // dS = P (dP - delta), P = m exp(scale S - L).
             #[unroll]
             for r in 0..scores.rows() {
-                let query = first_query + scores.row(r);
+                let end = window.end_seen(first_query + scores.row(r), config.causal);
                 #[unroll]
                 for c in 0..scores.cols() {
-                    let visible =
-                        window.sees(query, window.first_key + scores.col(c), config.causal);
+                    let visible = window.first_key + scores.col(c) < end;
                     let p = (scores.get(r, c) * scalars.scale + bias - lse[r]).exp();
                     let ds = p * (dp.get(r, c) - delta[r]);
                     scores.set(r, c, select(visible, ds, 0.0));

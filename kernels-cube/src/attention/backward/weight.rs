@@ -210,15 +210,15 @@ fn weight_gradient<E: TileEngine<F>, F: Float, N: Size>(
                     if comptime!(config.term == WeightTerm::Softmax) {
                         lse = max(statistics.lse[at], f32::min_value());
                     }
+                    let end = select(query < end_query, window.end_seen(query, config.causal), 0);
                     #[unroll]
                     for c in 0..scores.cols() {
-                        let seen = window.sees(query, key + scores.col(c), config.causal);
                         let mut p = scores.get(r, c) * scalars.scale;
                         if comptime!(config.term == WeightTerm::Softmax) {
                             p = (p + bias - lse).exp();
                         }
                         let term = p * (dp.get(r, c) - delta);
-                        sum += select(seen && query < end_query, term, 0.0);
+                        sum += select(key + scores.col(c) < end, term, 0.0);
                     }
                 }
                 // The tiles are filled again.
