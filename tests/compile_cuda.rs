@@ -11,9 +11,9 @@ use cubesla::{
     AttentionOptions, AttentionOutput, AttentionProblem, Causal, Client, Critical, DType,
     FeatureMap, Format, Granularity, InverseBlockList, LinearMode, Precision, RouterOptions,
     TopKOrder, block_sparse_attention, block_sparse_attention_backward, dynamic_matmul,
-    fake_quantize, linear_attention, low_bit_attention, quantize, quantized_matmul,
-    quantized_matmul_backward, route, select_blocks, soft_top_k, soft_top_k_backward, top_k,
-    upload, weight_only_matmul,
+    fake_quantize, linear_attention, low_bit_attention, low_bit_attention_backward, quantize,
+    quantized_matmul, quantized_matmul_backward, route, select_blocks, soft_top_k,
+    soft_top_k_backward, top_k, upload, weight_only_matmul,
 };
 use cubesla_kernels::FactorType;
 use cubesla_kernels::attention::{self, ForwardInputs};
@@ -229,7 +229,7 @@ fn compile_widths_of_hopper(client: &Client) {
     }
 }
 
-/// Low-bit attention of narrow and wide heads, in one and in two warpgroups.
+/// Low-bit attention of narrow and wide heads, in one and in two warpgroups, and its gradients.
 fn compile_low_bit_attention(client: &Client) {
     for (dim, block_q, causal) in [
         (64, 128, Causal::None),
@@ -250,7 +250,10 @@ fn compile_low_bit_attention(client: &Client) {
             };
             let inputs = case.inputs();
             let ([q, k, v], list) = case.upload_inputs(client, &inputs);
-            low_bit_attention(client, &q, &k, &v, &list, &case.options, formats)
+            let (q, k, v, options) = (&q, &k, &v, &case.options);
+            let AttentionOutput { out, lse } =
+                low_bit_attention(client, q, k, v, &list, options, formats).expect("a valid call");
+            low_bit_attention_backward(client, q, k, v, &out, &lse, &out, &list, options, formats)
                 .expect("a valid call");
         }
     }

@@ -6,6 +6,7 @@ mod block_list;
 mod large;
 mod linear;
 mod low_bit;
+mod low_bit_backward;
 mod matmul;
 mod quantize;
 mod router;

@@ -2,7 +2,7 @@
 
 use cubesla::{
     AttentionOptions, Causal, DType, DeviceTensor, Error, FeatureMap, HostBlockList, LinearMode,
-    SlaBackwardOptions, SlaInputs, SlaSaved, sla2_backward, upload,
+    Precision, SlaBackwardOptions, SlaInputs, SlaSaved, sla2_backward, upload,
 };
 use harness::sla::Combine;
 use harness::{AttentionCase, Lists, SlaCase, client, dtypes};
@@ -342,6 +342,7 @@ fn bad_arguments_are_named() {
             },
             phi: FeatureMap::Softmax,
             linear: LinearMode::Complement,
+            precision: Precision::Full,
         };
         let logits = logits(logit_shape);
         match sla2_backward(&client, inputs, &saved, &logits, grad_out, &options) {

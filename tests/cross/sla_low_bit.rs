@@ -1,6 +1,6 @@
 //! SLA and SLA2 with a sparse branch in low bits, and the backward of training with it.
 
-use cubesla::{AttentionOptions, LinearMode, LowBitFormats, LowBitScores, LowBitValues, Precision};
+use cubesla::{AttentionOptions, LinearMode, Precision};
 use cubesla_reference::attention::{Causal, Forward};
 use cubesla_reference::{Tensor, linear, low_bit, relative_error};
 use harness::case::{exact, wide};
@@ -10,17 +10,6 @@ use harness::{AttentionCase, Lists, SlaCase, client, dtypes, plain};
 use proptest::prelude::*;
 
 const PRECISIONS: [Precision; 2] = [Precision::Int8Fp8, Precision::Fp8];
-
-/// The formats of a low-bit precision.
-fn formats(precision: Precision) -> LowBitFormats {
-    LowBitFormats {
-        scores: match precision {
-            Precision::Fp8 => LowBitScores::Fp8,
-            _ => LowBitScores::Int8,
-        },
-        values: LowBitValues::Fp8,
-    }
-}
 
 /// The sparse branch by the low-bit reference, within what rounding relative to another maximum
 /// makes; the linear branch and the combination by the error rules, whatever the sparse branch gave;
@@ -41,7 +30,7 @@ fn check(case: SlaCase) {
 
             let ([q, k, v], critical) = case.attention.reference_inputs(&inputs);
             let (scale, none) = (case.attention.scale(), Causal::None);
-            let low = reference_formats(formats(precision));
+            let low = reference_formats(precision.formats().expect("low bits"));
             let low = low_bit::forward(&q, &k, &v, &critical, scale, none, low);
             let near = |what: &str, found: &Tensor, exact: &Tensor, bound: f64| {
                 let error = relative_error(found.data(), exact.data());
@@ -67,6 +56,13 @@ fn check(case: SlaCase) {
             let forward = Forward { out: sparse, lse };
             let by = "the public call";
             case.check_gradients_of(&forward, &inputs, &grad_out, &gradients, by);
+            let full = SlaCase {
+                precision: Precision::Full,
+                ..case
+            };
+            let gradients_as_is = case.run_backward_as(&client, &inputs, &grad_out, full.precision);
+            let by = "the papers' backward";
+            full.check_gradients_of(&forward, &inputs, &grad_out, &gradients_as_is, by);
             let again = case.run_backward(&client, &inputs, &grad_out);
             assert!(gradients == again, "two runs of {case:?}");
         }

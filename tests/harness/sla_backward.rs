@@ -2,16 +2,17 @@
 
 use cubesla::plan::SlaBackwardPlan;
 use cubesla::{
-    AttentionProblem, Client, DType, LinearMode, SlaBackwardOptions, SlaInputs, download,
-    sla_backward, sla2_backward, upload,
+    AttentionProblem, Client, DType, LinearMode, Precision, SlaBackwardOptions, SlaInputs,
+    download, sla_backward, sla2_backward, upload,
 };
 use cubesla_kernels::FactorType;
 use cubesla_kernels::sla::{Combination, CombinationGradients, SlaBackward};
 use cubesla_reference::attention::Causal;
-use cubesla_reference::{Tensor, attention, linear, relative_error, sla};
+use cubesla_reference::{Tensor, attention, linear, low_bit, relative_error, sla};
 
 use crate::backward::epsilon;
 use crate::case::{Inputs, exact, wide};
+use crate::low_bit::{CODES, reference_formats};
 use crate::plain;
 use crate::sla::{Combine, SlaCase, poison, reference_phi};
 
@@ -27,7 +28,18 @@ impl SlaCase {
         inputs: &Inputs,
         grad_out: &[f32],
     ) -> Vec<Vec<f32>> {
-        self.run_backward_by(client, inputs, grad_out, None)
+        self.run_backward_as(client, inputs, grad_out, self.precision)
+    }
+
+    /// The same with the sparse branch's gradients in that precision, whatever the forward's is.
+    pub fn run_backward_as(
+        &self,
+        client: &Client,
+        inputs: &Inputs,
+        grad_out: &[f32],
+        precision: Precision,
+    ) -> Vec<Vec<f32>> {
+        self.run_backward_by(client, inputs, grad_out, precision, None)
     }
 
     /// The same with every engine that can: the library's choice first, then each slower one's plan.
@@ -43,7 +55,7 @@ impl SlaCase {
         let plans = SlaBackwardPlan::all(&problem, client.properties()).expect("a plan");
         let run = |(at, plan): (usize, SlaBackwardPlan)| {
             let by = (at > 0).then_some(&plan);
-            let grads = self.run_backward_by(client, inputs, grad_out, by);
+            let grads = self.run_backward_by(client, inputs, grad_out, self.precision, by);
             (plan, grads)
         };
         plans.into_iter().enumerate().map(run).collect()
@@ -54,6 +66,7 @@ impl SlaCase {
         client: &Client,
         inputs: &Inputs,
         grad_out: &[f32],
+        precision: Precision,
         plan: Option<&SlaBackwardPlan>,
     ) -> Vec<Vec<f32>> {
         let case = &self.attention;
@@ -76,6 +89,7 @@ impl SlaCase {
             attention: case.options,
             phi: self.phi,
             linear: self.linear,
+            precision,
         };
         let weights = self.weights();
         let dv = case.value_dim;
@@ -97,6 +111,7 @@ impl SlaCase {
                 combination,
                 phi: self.phi,
                 mode: self.linear,
+                precision,
                 saved: &saved,
                 grad_out: &grad_out,
             };
@@ -253,6 +268,7 @@ impl SlaCase {
         let case = &self.attention;
         let (dtype, scale, none) = (case.factors(), case.scale(), Causal::None);
         let phi = reference_phi(self.phi);
+        let low = self.precision.formats().map(reference_formats);
         let ([q, k, v], critical) = case.reference_inputs(inputs);
         let taken = self.linear_weights(inputs);
         let dout = exact(grad_out, case.out_shape());
@@ -260,7 +276,12 @@ impl SlaCase {
         let branch = linear::forward(&q, &k, &v, phi, &taken, none);
         let ([ds, dl], weights) = self.combine_backward(&sparse.out, &branch, &dout);
         let gradients = |sparse: &attention::Forward, branch: &Tensor| {
-            let s = attention::backward(&q, &k, &v, &critical, scale, none, sparse, &ds);
+            let s = match low {
+                None => attention::backward(&q, &k, &v, &critical, scale, none, sparse, &ds),
+                Some(formats) => {
+                    low_bit::backward(&q, &k, &v, &critical, scale, none, formats, sparse, &ds)
+                }
+            };
             let l = linear::backward(&q, &k, &v, phi, &taken, none, branch, &dl);
             vec![sum(&s.dq, &l.dq), sum(&s.dk, &l.dk), sum(&s.dv, &l.dv)]
         };
@@ -278,7 +299,14 @@ impl SlaCase {
         let plain_branch = plain::linear(&q, &k, &v, phi, &taken, none, dtype);
         let ([ds, dl], weights) = self.combine_backward(&plain_sparse, &plain_branch, &dout);
         let (ds, dl) = (plain::stored(&ds, dtype), plain::stored(&dl, dtype));
-        let s = plain::attention_backward(&q, &k, &v, &critical, scale, none, &ds, dtype);
+        let s = match low {
+            None => plain::attention_backward(&q, &k, &v, &critical, scale, none, &ds, dtype),
+            Some(formats) => {
+                let at = low_bit::rounded(&q, &k, &v, &critical, formats);
+                let [q, k, v] = [at.q, at.k, at.v].map(|x| plain::stored(&x, dtype));
+                plain::attention_backward(&q, &k, &v, &critical, scale, none, &ds, dtype)
+            }
+        };
         let l = plain::linear_backward(&q, &k, &v, phi, &taken, &dl, dtype);
         let mut plain: Vec<Tensor> = s
             .iter()
@@ -301,7 +329,10 @@ impl SlaCase {
                 bound = bound.max(plain::cancelled_bound(terms, &exact, dtype));
             }
             // Two branches' gradients, each within 1e-5 in f32, may nearly cancel in their sum.
-            let bound = bound.max(2e-5);
+            let mut bound = bound.max(2e-5);
+            if low.is_some() {
+                bound += CODES;
+            }
             let error = relative_error(&wide(found), exact.data());
             // Not a number is not within any bound.
             if error.is_nan() || error > bound {

@@ -21,8 +21,8 @@ pub struct SlaOptions {
     pub phi: FeatureMap,
     /// The keys that the linear branch sums over.
     pub linear: LinearMode,
-    /// Arithmetic of the sparse branch. In low bits the backward is that of the inputs' type, straight
-    /// through the rounding: quantization-aware training.
+    /// Arithmetic of the sparse branch. In low bits gradients are computed in the inputs' type, at the
+    /// inputs as they were rounded, straight through the rounding: quantization-aware training.
     pub precision: Precision,
 }
 
@@ -165,8 +165,8 @@ fn combine(
             attention: options.attention,
             phi: options.phi,
             linear: options.linear,
+            precision: options.precision,
         },
-        options.precision,
     );
     Ok(Tensor::from_dispatch(out))
 }

@@ -11,7 +11,7 @@
 //! Sources: SageAttention2++ (arXiv 2505.21136), SLA2 (arXiv 2602.12675). A kernel that goes over the
 //! keys tile by tile rounds weights to FP8 relative to the largest score so far, not to that of all.
 
-use crate::attention::{Causal, Forward};
+use crate::attention::{self, Causal, Forward, Gradients};
 use crate::blocks::BlockWeights;
 use crate::quantize::{Format, decode_e4m3, encode_e4m3, quantize};
 use crate::router::mean_pool;
@@ -48,6 +48,77 @@ pub struct Formats {
     pub smooth: bool,
 }
 
+/// What low-bit attention computes with.
+#[derive(Clone, Debug)]
+pub struct Rounded {
+    /// `Q`, `[B, Hq, Lq, D]`.
+    pub q: Tensor,
+    /// `K'`, `[B, Hkv, Lk, D]`.
+    pub k: Tensor,
+    /// `V`, `[B, Hkv, Lk, Dv]`.
+    pub v: Tensor,
+    /// The mean key that `K'` lacks, `[B, Hkv, 1, D]`.
+    pub mean: Tensor,
+}
+
+/// Inputs as low-bit attention rounds them; `weights` for the sizes of blocks.
+pub fn rounded(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    weights: &BlockWeights,
+    formats: Formats,
+) -> Rounded {
+    let [batch, kv_heads, key_len, dim] = k.shape();
+    let mean = if formats.smooth {
+        mean_pool(k, key_len)
+    } else {
+        Tensor::zeros([batch, kv_heads, 1, dim])
+    };
+    let smooth = Tensor::from_fn(k.shape(), |[b, h, j, d]| {
+        k[[b, h, j, d]] - mean[[b, h, 0, d]]
+    });
+    Rounded {
+        q: low_bit(q, formats.scores, [weights.block_q, dim]),
+        k: low_bit(&smooth, formats.scores, [weights.block_k, dim]),
+        v: if formats.fp8_values {
+            low_bit(v, Format::Fp8, [key_len, 1])
+        } else {
+            v.clone()
+        },
+        mean,
+    }
+}
+
+/// `scale Q mean(K)^T` of a query.
+fn shift(q: &Tensor, mean: &Tensor, [b, h, i]: [usize; 3], scale: f64) -> f64 {
+    let kv = h / (q.shape()[1] / mean.shape()[1]);
+    scale * dot(q.row(b, h, i), mean.row(b, kv, 0))
+}
+
+/// The gradient of [`forward`], whose result is `low`, straight through the rounding: that of attention
+/// at the rounded inputs, with `O` and `L` as the low-bit forward has them.
+pub fn backward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    weights: &BlockWeights,
+    scale: f64,
+    causal: Causal,
+    formats: Formats,
+    low: &Forward,
+    dout: &Tensor,
+) -> Gradients {
+    let at = rounded(q, k, v, weights, formats);
+    let low = Forward {
+        out: low.out.clone(),
+        lse: Tensor::from_fn(low.lse.shape(), |[b, h, i, _]| {
+            low.lse[[b, h, i, 0]] - shift(q, &at.mean, [b, h, i], scale)
+        }),
+    };
+    attention::backward(&at.q, &at.k, &at.v, weights, scale, causal, &low, dout)
+}
+
 /// Attention over the blocks whose weight is 1.
 pub fn forward(
     q: &Tensor,
@@ -58,23 +129,9 @@ pub fn forward(
     causal: Causal,
     formats: Formats,
 ) -> Forward {
-    let [batch, heads, query_len, dim] = q.shape();
+    let [batch, heads, query_len, _] = q.shape();
     let [_, kv_heads, key_len, value_dim] = v.shape();
-    let mean = if formats.smooth {
-        mean_pool(k, key_len)
-    } else {
-        Tensor::zeros([batch, kv_heads, 1, dim])
-    };
-    let smooth = Tensor::from_fn(k.shape(), |[b, h, j, d]| {
-        k[[b, h, j, d]] - mean[[b, h, 0, d]]
-    });
-    let q8 = low_bit(q, formats.scores, [weights.block_q, dim]);
-    let k8 = low_bit(&smooth, formats.scores, [weights.block_k, dim]);
-    let values = if formats.fp8_values {
-        low_bit(v, Format::Fp8, [key_len, 1])
-    } else {
-        v.clone()
-    };
+    let at = rounded(q, k, v, weights, formats);
     let mut out = Tensor::zeros([batch, heads, query_len, value_dim]);
     let mut lse = Tensor::full([batch, heads, query_len, 1], f64::NEG_INFINITY);
     for b in 0..batch {
@@ -84,7 +141,7 @@ pub fn forward(
                 let scores: Vec<(usize, f64)> = (0..key_len)
                     .filter(|&j| causal.sees(i, j, query_len, key_len))
                     .filter(|&j| weights.at(b, h, i, j) > 0.0)
-                    .map(|j| (j, scale * dot(q8.row(b, h, i), k8.row(b, kv, j))))
+                    .map(|j| (j, scale * dot(at.q.row(b, h, i), at.k.row(b, kv, j))))
                     .collect();
                 let max = scores
                     .iter()
@@ -98,10 +155,9 @@ pub fn forward(
                     if formats.fp8_values {
                         p = decode_e4m3(encode_e4m3((448.0 * p) as f32)) / 448.0;
                     }
-                    axpy(out.row_mut(b, h, i), p / sum, values.row(b, kv, j));
+                    axpy(out.row_mut(b, h, i), p / sum, at.v.row(b, kv, j));
                 }
-                let shift = scale * dot(q.row(b, h, i), mean.row(b, kv, 0));
-                lse[[b, h, i, 0]] = max + sum.ln() + shift;
+                lse[[b, h, i, 0]] = max + sum.ln() + shift(q, &at.mean, [b, h, i], scale);
             }
         }
     }
@@ -111,8 +167,41 @@ pub fn forward(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention;
     use crate::relative_error;
+
+    /// With values in full the output is attention at the rounded inputs, and so is its gradient.
+    #[test]
+    fn gradients_are_those_of_attention_at_the_rounded_inputs() {
+        let value = |[_, h, i, d]: [usize; 4]| ((h * 7 + i * 13 + d * 29) as f64 * 0.37).sin();
+        let q = Tensor::from_fn([1, 2, 20, 16], value);
+        let k = Tensor::from_fn([1, 1, 24, 16], |at| value(at) * 1.3 + 5.0);
+        let v = Tensor::from_fn([1, 1, 24, 8], value);
+        let dout = Tensor::from_fn([1, 2, 20, 8], |at| value(at).cos());
+        let dense = BlockWeights::dense([1, 2, 20, 24], 8, 8);
+        let mask = Causal::TopLeft;
+        let formats = Formats {
+            scores: Format::Int8,
+            fp8_values: false,
+            smooth: true,
+        };
+        let low = forward(&q, &k, &v, &dense, 0.25, mask, formats);
+        let found = backward(&q, &k, &v, &dense, 0.25, mask, formats, &low, &dout);
+        let at = rounded(&q, &k, &v, &dense, formats);
+        let exact = attention::forward(&at.q, &at.k, &at.v, &dense, 0.25, mask);
+        let exact = attention::backward(&at.q, &at.k, &at.v, &dense, 0.25, mask, &exact, &dout);
+        for (found, exact) in [
+            (&found.dq, &exact.dq),
+            (&found.dk, &exact.dk),
+            (&found.dv, &exact.dv),
+        ] {
+            assert!(relative_error(found.data(), exact.data()) < 1e-12);
+        }
+        // The gradient of the mean that keys lack: no score's change changes a softmax's sum.
+        for d in 0..16 {
+            let sum: f64 = (0..24).map(|j| found.dk[[0, 0, j, d]]).sum();
+            assert!(sum.abs() < 1e-12, "{sum}");
+        }
+    }
 
     #[test]
     fn it_is_near_exact_attention_also_for_keys_far_from_zero() {

@@ -2,7 +2,8 @@
 
 use cubecl::client::Client;
 use cubesla_kernels::attention::{
-    BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LowBitFormats,
+    BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LowBitFormats, RoundedInputs,
+    rounded_inputs,
 };
 use cubesla_kernels::{AttentionOptions, AttentionProblem, BlockList, DType, DeviceTensor};
 
@@ -81,9 +82,8 @@ pub fn block_sparse_attention(
 /// cosine of at least 0.999 with the exact one and a relative L1 difference of at most 0.05.
 ///
 /// A NaN in `q` spoils its block of queries, a NaN or infinity in `k` its head; an infinity saturates in
-/// `q`, and in `v` in FP8. For quantization-aware training give `out` and `lse` to
-/// [`block_sparse_attention_backward`] with the same `q`, `k` and `v`, unless rounding is coarse: the
-/// book's chapter on accuracy has what then does better.
+/// `q`, and in `v` in FP8. [`low_bit_attention_backward`] has its gradients, for quantization-aware
+/// training.
 ///
 /// Sources: SageAttention2++ (arXiv 2505.21136), SLA2 (arXiv 2602.12675); the reference is
 /// `cubesla_reference::low_bit::forward`.
@@ -111,7 +111,8 @@ pub fn low_bit_attention(
     Ok(AttentionOutput { out, lse })
 }
 
-/// What [`block_sparse_attention_backward`] returns, contiguous and of the inputs' type.
+/// What [`block_sparse_attention_backward`] and [`low_bit_attention_backward`] return, contiguous and of
+/// the inputs' type.
 #[derive(Clone, Debug)]
 pub struct AttentionGradients {
     /// `dQ [B, Hq, Lq, D]`.
@@ -159,30 +160,83 @@ pub fn block_sparse_attention_backward(
     options: &AttentionOptions,
 ) -> Result<AttentionGradients, Error> {
     let problem = AttentionProblem::new(q, k, v, options)?;
-    let plan = BackwardPlan::new(&problem, client.properties())?;
-    let empty = |like: &DeviceTensor<4>| DeviceTensor::empty(client, like.shape(), q.dtype());
-    let gradients = AttentionGradients {
-        dq: empty(q),
-        dk: empty(k),
-        dv: empty(v),
+    let inputs = BackwardInputs {
+        q,
+        k,
+        v,
+        out,
+        lse,
+        grad_out,
+        list,
     };
-    plan.launch(
-        client,
-        &problem,
-        BackwardInputs {
-            q,
-            k,
-            v,
-            out,
-            lse,
-            grad_out,
-            list,
-        },
-        BackwardOutputs {
-            dq: &gradients.dq,
-            dk: &gradients.dk,
-            dv: &gradients.dv,
-        },
-    )?;
+    gradients(client, &problem, inputs)
+}
+
+/// Gradients of [`low_bit_attention`] for the incoming gradient `grad_out` of its output, straight
+/// through the rounding, in the arithmetic of the inputs.
+///
+/// Arguments are those of [`block_sparse_attention_backward`], `out` and `lse` the low-bit forward's,
+/// and the forward's `formats`; gradients are those of that backward at queries, keys and values as
+/// the forward rounded them:
+///
+/// ```text
+/// P = exp(scale Q' K'^T - L)    dS = P (dO V'^T - rowsum(dO * O))
+/// dQ = scale dS K'              dK = scale dS^T Q'             dV = P^T dO
+/// ```
+///
+/// The papers' backward takes `Q`, `K` and `V` as they are, which [`block_sparse_attention_backward`]
+/// does if given this forward's `out` and `lse`. Its `P` is not the forward's, so that what rounding
+/// did to `O` stays in `dS`: training can then end worse than it began. The book's chapter on accuracy
+/// has both measured.
+///
+/// Sources: SageAttention2++ (arXiv 2505.21136) for the rounding, straight-through gradients
+/// (arXiv 1308.3432); the reference is `cubesla_reference::low_bit::backward`.
+///
+/// # Errors
+/// As for [`block_sparse_attention_backward`].
+pub fn low_bit_attention_backward(
+    client: &Client,
+    q: &DeviceTensor<4>,
+    k: &DeviceTensor<4>,
+    v: &DeviceTensor<4>,
+    out: &DeviceTensor<4>,
+    lse: &DeviceTensor<3>,
+    grad_out: &DeviceTensor<4>,
+    list: &BlockList,
+    options: &AttentionOptions,
+    formats: LowBitFormats,
+) -> Result<AttentionGradients, Error> {
+    let problem = AttentionProblem::new(q, k, v, options)?;
+    let RoundedInputs { q, k, v, lse } = rounded_inputs(client, &problem, [q, k, v], lse, formats)?;
+    let inputs = BackwardInputs {
+        q: &q,
+        k: &k,
+        v: &v,
+        out,
+        lse: &lse,
+        grad_out,
+        list,
+    };
+    gradients(client, &problem, inputs)
+}
+
+fn gradients(
+    client: &Client,
+    problem: &AttentionProblem,
+    inputs: BackwardInputs<'_>,
+) -> Result<AttentionGradients, Error> {
+    let plan = BackwardPlan::new(problem, client.properties())?;
+    let empty = |like: &DeviceTensor<4>| DeviceTensor::empty(client, like.shape(), like.dtype());
+    let gradients = AttentionGradients {
+        dq: empty(inputs.q),
+        dk: empty(inputs.k),
+        dv: empty(inputs.v),
+    };
+    let outputs = BackwardOutputs {
+        dq: &gradients.dq,
+        dk: &gradients.dk,
+        dv: &gradients.dv,
+    };
+    plan.launch(client, problem, inputs, outputs)?;
     Ok(gradients)
 }

@@ -14,7 +14,7 @@ mod transfer;
 
 pub use attention::{
     AttentionGradients, AttentionOutput, block_sparse_attention, block_sparse_attention_backward,
-    low_bit_attention,
+    low_bit_attention, low_bit_attention_backward,
 };
 pub use cubecl::Device;
 pub use cubecl::client::Client;

@@ -177,6 +177,10 @@ pub struct SlaBackwardOptions {
     pub phi: FeatureMap,
     /// The keys that the linear branch sums over.
     pub linear: LinearMode,
+    /// The forward's arithmetic of the sparse branch. In low bits the branch's gradients are those of
+    /// [`low_bit_attention_backward`](crate::low_bit_attention_backward); with [`Precision::Full`] they
+    /// are taken at the inputs as they are, whatever the forward did: the papers' backward.
+    pub precision: Precision,
 }
 
 impl From<&SlaOptions<'_>> for SlaBackwardOptions {
@@ -185,6 +189,7 @@ impl From<&SlaOptions<'_>> for SlaBackwardOptions {
             attention: options.attention,
             phi: options.phi,
             linear: options.linear,
+            precision: options.precision,
         }
     }
 }
@@ -229,7 +234,8 @@ pub struct Sla2Gradients {
 ///
 /// The gradients of the branches are added in f32 and the sums rounded; where the sparse branch's come
 /// from Hopper's `wgmma`, they have been rounded to the inputs' type before, else they are f32
-/// ([`SlaBackwardPlan`] tells). There are no atomics, and two runs give the same bits. Blocks are taken as given: nothing flows into a router.
+/// ([`SlaBackwardPlan`] tells). There are no atomics, and two runs give the same bits. Blocks are taken as
+/// given: nothing flows into a router.
 ///
 /// Source: SLA (arXiv 2509.24006), backward pass; the reference is
 /// `cubesla_reference::sla::combine_sla_backward` with the `backward` of both branches.
@@ -308,6 +314,7 @@ fn backward(
         combination,
         phi: options.phi,
         mode: options.linear,
+        precision: options.precision,
         saved,
         grad_out,
     };

@@ -24,7 +24,9 @@ pub use backward::{
 pub(crate) use backward::{WeightJob, WeightTerm};
 
 pub(crate) use low_bit::low_bit_tile;
-pub use low_bit::{LowBitFormats, LowBitScores, LowBitValues, launch_low_bit};
+pub use low_bit::{
+    LowBitFormats, LowBitScores, LowBitValues, RoundedInputs, launch_low_bit, rounded_inputs,
+};
 
 use std::fmt;
 

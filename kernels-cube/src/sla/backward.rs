@@ -8,10 +8,10 @@
 use cubecl::prelude::*;
 
 use super::{
-    Combination, LinearMode, SlaInputs, SlaSaved, check_sla, lists_the_fewer, logit_strides,
-    transposed,
+    Combination, LinearMode, Precision, SlaInputs, SlaSaved, check_sla, lists_the_fewer,
+    logit_strides, transposed,
 };
-use crate::attention::BackwardInputs;
+use crate::attention::{BackwardInputs, rounded_inputs};
 use crate::limits::{expect_loop_budget, grid, line_grid};
 use crate::linear::{
     FeatureMap, Gradients, LinearInputs, Taken, global_gradients, linear_gradients, multiply_rows,
@@ -94,6 +94,8 @@ pub struct SlaBackward<'a> {
     pub phi: FeatureMap,
     /// The keys that the linear branch sums over.
     pub mode: LinearMode,
+    /// Of the forward's sparse branch, whose gradients are taken at the inputs as it rounded them.
+    pub precision: Precision,
     /// What the forward saved.
     pub saved: &'a SlaSaved,
     /// `dO [B, Hq, Lq, Dv]`, any strides.
@@ -118,6 +120,7 @@ pub fn sla_backward(
         combination,
         phi,
         mode,
+        precision,
         saved,
         grad_out,
     } = given;
@@ -152,15 +155,29 @@ pub fn sla_backward(
         }
         Combination::Sla2 { alpha_logit } => split(client, problem, alpha_logit, saved, grad_out)?,
     };
+    let rounded = match precision.formats() {
+        None => None,
+        Some(formats) => {
+            let inputs = [q, k, v];
+            Some(rounded_inputs(
+                client, problem, inputs, &saved.lse, formats,
+            )?)
+        }
+    };
+    let ([sparse_q, sparse_k, sparse_v], lse) = match &rounded {
+        None => ([q, k, v], &saved.lse),
+        Some(rounded) => ([&rounded.q, &rounded.k, &rounded.v], &rounded.lse),
+    };
     let others = sparse_branch(BackwardInputs {
-        q,
-        k,
-        v,
+        q: sparse_q,
+        k: sparse_k,
+        v: sparse_v,
         out: &saved.sparse,
-        lse: &saved.lse,
+        lse,
         grad_out: &branches.sparse,
         list: critical,
     })?;
+    drop(rounded);
     let grad_out = &branches.linear;
     let inputs = match mode {
         LinearMode::Global => global_gradients(client, problem, [q, k, v], grad_out, phi, &others)?,

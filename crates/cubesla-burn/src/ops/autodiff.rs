@@ -9,7 +9,7 @@ use burn_core::backend::autodiff::Autodiff;
 use burn_core::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_core::backend::tensor::{FloatTensor, IntTensor};
 use burn_core::backend::{AutodiffBackend, Backend};
-use cubesla::{AttentionOptions, Critical, FeatureMap, Precision, SlaBackwardOptions, TopKOrder};
+use cubesla::{AttentionOptions, Critical, FeatureMap, SlaBackwardOptions, TopKOrder};
 
 use super::soft::SoftGradientOps;
 use super::{Combination, Lists, SlaGradientOps, SlaOps};
@@ -37,15 +37,14 @@ where
         weights: Combination<Self>,
         lists: Lists<Self>,
         options: SlaBackwardOptions,
-        precision: Precision,
     ) -> FloatTensor<Self> {
         let lists = inner_lists(lists);
         match weights {
             Combination::Sla { wl, bl } => {
-                sla::forward_sla::<B, C>([q, k, v, wl, bl], lists, options, precision)
+                sla::forward_sla::<B, C>([q, k, v, wl, bl], lists, options)
             }
             Combination::Sla2 { alpha_logit } => {
-                sla::forward_sla2::<B, C>([q, k, v, alpha_logit], lists, options, precision)
+                sla::forward_sla2::<B, C>([q, k, v, alpha_logit], lists, options)
             }
         }
     }

@@ -15,7 +15,7 @@ pub use values::{Combination, Lists};
 
 use burn_core::backend::Backend;
 use burn_core::backend::tensor::{FloatTensor, IntTensor};
-use cubesla::{AttentionOptions, Critical, FeatureMap, Precision, SlaBackwardOptions, TopKOrder};
+use cubesla::{AttentionOptions, Critical, FeatureMap, SlaBackwardOptions, TopKOrder};
 
 use crate::shim as burn;
 
@@ -46,7 +46,6 @@ pub trait SlaOps: Backend {
         #[extension_type] weights: Combination<Self>,
         #[extension_type] lists: Lists<Self>,
         options: SlaBackwardOptions,
-        precision: Precision,
     ) -> FloatTensor<Self>;
 
     /// Linear attention; without a gradient.
@@ -129,7 +128,6 @@ pub trait SlaGradientOps: Backend {
         #[extension_type] weights: Combination<Self>,
         #[extension_type] lists: Lists<Self>,
         options: SlaBackwardOptions,
-        precision: Precision,
     ) -> (
         FloatTensor<Self>,
         FloatTensor<Self>,

@@ -2,7 +2,7 @@
 
 use burn_core::tensor::DType;
 use burn_fusion::custom::TensorSpec;
-use cubesla::{AttentionOptions, Critical, FeatureMap, Precision, SlaBackwardOptions, TopKOrder};
+use cubesla::{AttentionOptions, Critical, FeatureMap, SlaBackwardOptions, TopKOrder};
 
 use super::values::{CombinationMetadata, ListsMetadata};
 
@@ -50,7 +50,6 @@ pub(super) fn sla(
     _weights: &CombinationMetadata,
     _lists: &ListsMetadata,
     _options: &SlaBackwardOptions,
-    _precision: &Precision,
 ) -> TensorSpec {
     out(q, v)
 }
@@ -62,7 +61,6 @@ pub(super) fn sla_saving(
     _weights: &CombinationMetadata,
     _lists: &ListsMetadata,
     _options: &SlaBackwardOptions,
-    _precision: &Precision,
 ) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
     (out(q, v), out(q, v), out(q, v), lse(q))
 }

@@ -2,7 +2,7 @@
 
 use cubesla::{
     AttentionOptions, BlockList, Client, DeviceTensor, LowBitFormats, LowBitScores, LowBitValues,
-    block_sparse_attention_backward, download, low_bit_attention, upload,
+    download, low_bit_attention, low_bit_attention_backward, upload,
 };
 use indicatif::ProgressBar;
 
@@ -75,17 +75,9 @@ fn gradients(
     let distance = length(&difference) / length(exact);
     let shape = forward.out.shape();
     let grad_out = upload(client, &difference, shape, forward.out.dtype())?;
-    let grads = block_sparse_attention_backward(
-        client,
-        q,
-        k,
-        v,
-        &forward.out,
-        &forward.lse,
-        &grad_out,
-        list,
-        options,
-    )?;
+    let (out, lse, grad) = (&forward.out, &forward.lse, &grad_out);
+    let grads =
+        low_bit_attention_backward(client, q, k, v, out, lse, grad, list, options, FORMATS)?;
     Ok((distance, [grads.dq, grads.dk, grads.dv]))
 }
 

@@ -1,5 +1,5 @@
-//! `cubesla qat`: what quantization-aware training of a layer wins back of what low bits cost, by what
-//! the backward is given.
+//! `cubesla qat`: what quantization-aware training of a layer wins back of what low bits cost, by how
+//! gradients are taken.
 
 mod attention;
 mod layer;

@@ -7,7 +7,7 @@ use super::*;
 
 /// It starts as the layer that it learns from: training in full precision would change nothing.
 #[test]
-fn training_at_rounded_queries_and_keys_wins_back_what_low_bits_lose() {
+fn training_at_rounded_inputs_wins_back_what_low_bits_lose() {
     let device = env::var(device::DEVICE_VARIABLE).unwrap_or("auto".into());
     let attention = Attention::new(device::select(&device).unwrap().client());
     let experiment = Experiment::new(&attention, 1, 1e-2);

@@ -26,15 +26,15 @@ impl Arm {
         Self::Full,
         Self::Low(Backward::Rounded),
         Self::Low(Backward::Exact),
-        Self::Low(Backward::Saved),
+        Self::Low(Backward::AsIs),
     ];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Full => "full precision",
-            Self::Low(Backward::Rounded) => "low bits; backward at rounded Q and K",
-            Self::Low(Backward::Exact) => "low bits; backward at exact Q, K and O",
-            Self::Low(Backward::Saved) => "low bits; backward at exact Q and K, low-bit O",
+            Self::Low(Backward::Rounded) => "low bits; backward at rounded Q, K and V",
+            Self::Low(Backward::Exact) => "low bits; backward at Q, K and V, exact O",
+            Self::Low(Backward::AsIs) => "low bits; backward at Q, K and V, low-bit O",
         }
     }
 }
@@ -129,7 +129,7 @@ impl<'a> Experiment<'a> {
     ) -> Result<(), Error> {
         let mut random = Random::new(seed);
         let (low, backward) = match arm {
-            Arm::Full => (false, Backward::Saved),
+            Arm::Full => (false, Backward::AsIs),
             Arm::Low(backward) => (true, backward),
         };
         for step in 0..steps {

@@ -17,8 +17,11 @@
 
 mod forward;
 mod prepare;
+mod rounded;
 mod tile;
 mod values;
+
+pub use rounded::{RoundedInputs, rounded_inputs};
 
 use cubecl::prelude::*;
 use forward::{LowBitConfig, LowBitScalarsLaunch, low_bit_forward};

@@ -7,7 +7,7 @@ use burn_core::backend::autodiff::grads::Gradients;
 use burn_core::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn_core::backend::autodiff::{Autodiff, NodeId};
 use burn_core::backend::tensor::FloatTensor;
-use cubesla::{Precision, SlaBackwardOptions};
+use cubesla::SlaBackwardOptions;
 
 use super::super::{Combination, Lists, SlaGradientOps, SlaOps};
 
@@ -114,20 +114,18 @@ pub(super) fn forward_sla<B: Backend + SlaOps + SlaGradientOps, C: CheckpointStr
     inputs: [FloatTensor<Autodiff<B, C>>; 5],
     lists: Lists<B>,
     options: SlaBackwardOptions,
-    precision: Precision,
 ) -> FloatTensor<Autodiff<B, C>> {
     let weights = |[wl, bl]: [FloatTensor<B>; 2]| Combination::Sla { wl, bl };
-    forward::<B, C, _, 5, 2>(Sla, inputs, weights, lists, options, precision)
+    forward::<B, C, _, 5, 2>(Sla, inputs, weights, lists, options)
 }
 
 pub(super) fn forward_sla2<B: Backend + SlaOps + SlaGradientOps, C: CheckpointStrategy>(
     inputs: [FloatTensor<Autodiff<B, C>>; 4],
     lists: Lists<B>,
     options: SlaBackwardOptions,
-    precision: Precision,
 ) -> FloatTensor<Autodiff<B, C>> {
     let weights = |[alpha_logit]: [FloatTensor<B>; 1]| Combination::Sla2 { alpha_logit };
-    forward::<B, C, _, 4, 1>(Sla2, inputs, weights, lists, options, precision)
+    forward::<B, C, _, 4, 1>(Sla2, inputs, weights, lists, options)
 }
 
 /// Runs the forward; `N` inputs are `q`, `k`, `v` and the `W` weights.
@@ -137,7 +135,6 @@ fn forward<B, C, O, const N: usize, const W: usize>(
     weights: impl FnOnce([FloatTensor<B>; W]) -> Combination<B>,
     lists: Lists<B>,
     options: SlaBackwardOptions,
-    precision: Precision,
 ) -> FloatTensor<Autodiff<B, C>>
 where
     B: Backend + SlaOps + SlaGradientOps,
@@ -157,7 +154,7 @@ where
             let nodes = inputs.each_ref().map(|tensor| tracked.checkpoint(tensor));
             let ([q, k, v], weights) = split(inputs);
             let (out, sparse, linear, lse) =
-                B::cubesla_sla_saving(q, k, v, weights, lists.clone(), options, precision);
+                B::cubesla_sla_saving(q, k, v, weights, lists.clone(), options);
             let saved = Saved {
                 inputs: nodes,
                 lists,
@@ -170,7 +167,7 @@ where
         }
         OpsKind::UnTracked(untracked) => {
             let ([q, k, v], weights) = split(inputs);
-            untracked.finish(B::cubesla_sla(q, k, v, weights, lists, options, precision))
+            untracked.finish(B::cubesla_sla(q, k, v, weights, lists, options))
         }
     }
 }

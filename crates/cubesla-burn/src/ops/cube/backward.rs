@@ -3,7 +3,7 @@
 use burn_core::backend::TensorMetadata;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
-use cubesla::{AttentionOptions, Precision, SlaBackwardOptions, SlaInputs, SlaSaved};
+use cubesla::{AttentionOptions, SlaBackwardOptions, SlaInputs, SlaSaved};
 
 use super::super::layout::{block_list, contiguous, view, wrap};
 use super::super::{Combination, SlaGradientOps};
@@ -53,10 +53,9 @@ impl SlaGradientOps for CubeBackend {
         weights: Weights,
         lists: ListTensors,
         options: SlaBackwardOptions,
-        precision: Precision,
     ) -> (CubeTensor, CubeTensor, CubeTensor, CubeTensor) {
         let like = q.clone();
-        let result = sla(q, k, v, weights, lists, options, precision, true);
+        let result = sla(q, k, v, weights, lists, options, true);
         let result = launched("sla", result);
         let saved = result.saved.expect("the branches were asked for");
         (

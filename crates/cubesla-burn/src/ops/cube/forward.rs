@@ -5,8 +5,7 @@ use burn_core::tensor::DType;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 use cubesla::{
-    AttentionOptions, BlockList, Critical, FeatureMap, Precision, RouterWeights,
-    SlaBackwardOptions, TopKOrder,
+    AttentionOptions, BlockList, Critical, FeatureMap, RouterWeights, SlaBackwardOptions, TopKOrder,
 };
 
 use super::super::layout::{block_list, contiguous, view, wrap, wrap_handle};
@@ -39,10 +38,9 @@ impl SlaOps for CubeBackend {
         weights: Weights,
         lists: ListTensors,
         options: SlaBackwardOptions,
-        precision: Precision,
     ) -> CubeTensor {
         let like = q.clone();
-        let result = sla(q, k, v, weights, lists, options, precision, false);
+        let result = sla(q, k, v, weights, lists, options, false);
         let result = launched("sla", result);
         wrap(&like, &result.out)
     }

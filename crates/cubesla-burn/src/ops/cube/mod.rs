@@ -7,7 +7,7 @@ mod soft;
 use burn_core::backend::TensorMetadata;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
-use cubesla::{BlockList, Blocks, Error, Precision, SlaBackwardOptions, SlaOptions, SlaResult};
+use cubesla::{BlockList, Blocks, Error, SlaBackwardOptions, SlaOptions, SlaResult};
 
 use super::layout::{block_list, contiguous, view};
 use super::{Combination, Lists};
@@ -28,7 +28,6 @@ fn sla(
     weights: Weights,
     lists: ListTensors,
     options: SlaBackwardOptions,
-    precision: Precision,
     save: bool,
 ) -> Result<SlaResult, Error> {
     let client = q.client.clone();
@@ -43,7 +42,7 @@ fn sla(
         },
         phi: options.phi,
         linear: options.linear,
-        precision,
+        precision: options.precision,
         save,
     };
     match weights {

@@ -1,8 +1,11 @@
-//! The gradient of block-sparse attention, the block list and the forward's results given.
+//! The gradient of block-sparse attention, in full precision and in low bits, the block list and the
+//! forward's results given.
 
 use cubesla::{
     AttentionGradients, AttentionOptions, AttentionOutput, AttentionProblem, BlockList, Client,
-    DType, DeviceTensor, HostBlockList, block_sparse_attention, block_sparse_attention_backward,
+    DType, DeviceTensor, HostBlockList, LowBitFormats, LowBitScores, LowBitValues,
+    block_sparse_attention, block_sparse_attention_backward, low_bit_attention,
+    low_bit_attention_backward,
 };
 use cubesla_reference::attention::{Causal, Forward, Gradients, backward};
 use cubesla_reference::blocks::BlockWeights;
@@ -12,13 +15,26 @@ use super::{Case, Check, Cost, Qkv, Scale, Size, Work, bound, sparse};
 use crate::bench::host::HostTensor;
 use crate::error::Error;
 
+const LOW: LowBitFormats = LowBitFormats {
+    scores: LowBitScores::Int8,
+    values: LowBitValues::Fp8,
+};
+
 pub fn cases(scale: Scale, dtype: Option<DType>) -> Vec<Case> {
-    let variants = sparse::variants(scale, dtype).into_iter();
-    let case = |(size, sparsity)| Case {
-        name: format!("sparse_backward/{}/{size}", sparse::label(sparsity)),
-        prepare: Box::new(move |client| Ok(Box::new(Backward::new(client, size, sparsity)?))),
+    let case = |name, (size, sparsity), formats| Case {
+        name: format!("{name}/{}/{size}", sparse::label(sparsity)),
+        prepare: Box::new(move |client| {
+            Ok(Box::new(Backward::new(client, size, sparsity, formats)?))
+        }),
     };
-    variants.map(case).collect()
+    let variants = sparse::variants(scale, dtype).into_iter();
+    let both = |variant| {
+        [
+            case("sparse_backward", variant, None),
+            case("low_bit_backward/int8-fp8", variant, Some(LOW)),
+        ]
+    };
+    variants.flat_map(both).collect()
 }
 
 struct Backward {
@@ -31,17 +47,27 @@ struct Backward {
     forward: AttentionOutput,
     /// dO, on the host and on the device.
     grad: (HostTensor, DeviceTensor<4>),
+    /// Of a forward in low bits.
+    formats: Option<LowBitFormats>,
 }
 
 impl Backward {
-    fn new(client: &Client, size: Size, sparsity: usize) -> Result<Self, Error> {
+    fn new(
+        client: &Client,
+        size: Size,
+        sparsity: usize,
+        formats: Option<LowBitFormats>,
+    ) -> Result<Self, Error> {
         let options = AttentionOptions::default();
         let problem = sparse::problem(size, &options)?;
         let list = sparse::random_list(&problem, sparsity)?;
         let on_device = list.upload(client);
         let inputs = Qkv::new(client, size)?;
         let [q, k, v] = inputs.copy(0);
-        let forward = block_sparse_attention(client, q, k, v, &on_device, &options)?;
+        let forward = match formats {
+            None => block_sparse_attention(client, q, k, v, &on_device, &options)?,
+            Some(low) => low_bit_attention(client, q, k, v, &on_device, &options, low)?,
+        };
         let grad = HostTensor::normal(size.shape(), size.dtype, 8);
         let grad_on_device = grad.upload(client)?;
         Ok(Self {
@@ -53,6 +79,7 @@ impl Backward {
             on_device,
             forward,
             grad: (grad, grad_on_device),
+            formats,
         })
     }
 
@@ -61,18 +88,15 @@ impl Backward {
         let [q, k, v] = self.inputs.copy(number);
         let AttentionOutput { out, lse } = &self.forward;
         let (list, options) = (&self.on_device, &self.options);
-        let grad = &self.grad.1;
-        Ok(block_sparse_attention_backward(
-            &self.client,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            grad,
-            list,
-            options,
-        )?)
+        let (client, grad) = (&self.client, &self.grad.1);
+        Ok(match self.formats {
+            None => {
+                block_sparse_attention_backward(client, q, k, v, out, lse, grad, list, options)?
+            }
+            Some(low) => {
+                low_bit_attention_backward(client, q, k, v, out, lse, grad, list, options, low)?
+            }
+        })
     }
 
     /// `dQ` of row `i` from all keys it sees.
@@ -165,13 +189,20 @@ impl Work for Backward {
         self.gradients(number).map(drop)
     }
 
-    /// The largest of the errors of dQ, dK and dV.
+    /// The largest of the errors of dQ, dK and dV; in low bits of those to the gradients of the exact
+    /// forward.
     fn check(&self) -> Result<Check, Error> {
         let client = &self.client;
         let gradients = self.gradients(0)?;
+        let forward = if self.formats.is_some() {
+            let [q, k, v] = self.inputs.copy(0);
+            &block_sparse_attention(client, q, k, v, &self.on_device, &self.options)?
+        } else {
+            &self.forward
+        };
         let results = Results {
-            out: HostTensor::download(client, &self.forward.out)?,
-            lse: download_lse(client, &self.forward.lse)?,
+            out: HostTensor::download(client, &forward.out)?,
+            lse: download_lse(client, &forward.lse)?,
         };
         let [dq, dk, dv] = [&gradients.dq, &gradients.dk, &gradients.dv]
             .map(|gradient| HostTensor::download(client, gradient));
@@ -188,8 +219,11 @@ impl Work for Backward {
         let errors = pairs.map(|(found, exact)| relative_error(&found, &exact));
         Ok(Check {
             error: errors.into_iter().fold(0.0, worse),
-            // Two factors are rounded where the forward has one.
-            bound: 2.0 * bound(self.inputs.size.dtype),
+            bound: match self.formats {
+                // Two factors are rounded where the forward has one.
+                None => 2.0 * bound(self.inputs.size.dtype),
+                Some(_) => 0.06,
+            },
         })
     }
 
