@@ -132,7 +132,7 @@ impl Consumer {
         wgmma::wait(0u32);
         self.release_keys(memory);
         if comptime!(self.config.tile.ahead) {
-            self.attend_ahead(rows, tiles, memory, scalars);
+            attend_ahead::<Consumer>(self, rows, tiles, memory, scalars);
         } else {
             self.attend_plainly(rows, tiles, memory, scalars);
         }
@@ -220,73 +220,6 @@ impl Consumer {
         self.begin_accumulate(tiles == 1, memory, 0usize);
     }
 
-    /// As [`attend_plainly`](Self::attend_plainly); `S_{t+1} = Q K_{t+1}^T` is in flight too, into
-    /// other registers, so that the tensor cores wait for nothing but the softmax.
-    fn attend_ahead(
-        &mut self,
-        rows: &mut RowPair,
-        tiles: u32,
-        memory: Memory,
-        scalars: ForwardScalars,
-    ) {
-        let mut t = 0u32;
-        while t + 2 < tiles {
-            self.add_tile(rows, t, memory, scalars, 0usize, true);
-            self.add_tile(rows, t + 1, memory, scalars, 1usize, true);
-            t += 2;
-        }
-        if t + 1 < tiles {
-            self.add_tile(rows, t, memory, scalars, 0usize, true);
-            self.add_tile(rows, t + 1, memory, scalars, 1usize, false);
-        } else {
-            self.add_tile(rows, t, memory, scalars, 0usize, false);
-        }
-    }
-
-    /// Adds tile `t`, whose scores are in the registers of `buffer`. With `next`, those of the tile
-    /// after it begin to come into the other buffer first, and are there at the end; the product with
-    /// the values of tile `t` is then in flight.
-    fn add_tile(
-        &mut self,
-        rows: &mut RowPair,
-        t: u32,
-        memory: Memory,
-        scalars: ForwardScalars,
-        #[comptime] buffer: usize,
-        #[comptime] next: bool,
-    ) {
-        let config = comptime!(self.config);
-        let keys = self.begun.copy();
-        let bias = value::<f32>(self.bias);
-        if next {
-            self.begin_scores(true, memory, comptime!(1 - buffer));
-        }
-        let mut weights = Weights::new(config.tile.weight_words());
-        let two = comptime!(config.tile.two_weights());
-        if two {
-            make_tile_weights(&mut weights, rows, keys, bias, scalars, buffer, config);
-            self.end_product(t, memory, next);
-        } else {
-            // Registers for one tile's weights: exponentials wait for the product that reads them, so
-            // what they need is found before.
-            let scores = take_scores(&*rows, keys, scalars, buffer, config);
-            raise_if_needed(rows, &scores, bias, scalars, config);
-            self.end_product(t, memory, next);
-            make_weights(&mut weights, &*rows, &scores, bias, scalars, config);
-            rows.add(&weights);
-        }
-        if t > 0 {
-            rescale(&*rows, config);
-        }
-        let to = comptime!(if two { buffer } else { 0 });
-        write_weights(&weights.packed, to, config.tile.keys);
-        self.begin_accumulate(t == 0, memory, to);
-        if next {
-            wgmma::wait(1u32);
-            self.release_keys(memory);
-        }
-    }
-
     /// Ends the product before tile `t`, if there is one. With `next`, the scores of the tile after it
     /// remain in flight.
     fn end_product(&mut self, t: u32, memory: Memory, #[comptime] next: bool) {
@@ -345,6 +278,92 @@ impl Consumer {
     pub fn release_values(&mut self, memory: Memory) {
         release(memory.value_empty(self.values.stage));
         self.values.advance();
+    }
+}
+
+#[cube]
+impl LookAhead for Consumer {
+    fn add_tile(
+        &mut self,
+        rows: &mut RowPair,
+        t: u32,
+        memory: Memory,
+        scalars: ForwardScalars,
+        #[comptime] buffer: usize,
+        #[comptime] next: bool,
+    ) {
+        let config = comptime!(self.config);
+        let keys = self.begun.copy();
+        let bias = value::<f32>(self.bias);
+        if next {
+            self.begin_scores(true, memory, comptime!(1 - buffer));
+        }
+        let mut weights = Weights::new(config.tile.weight_words());
+        let two = comptime!(config.tile.two_weights());
+        if two {
+            make_tile_weights(&mut weights, rows, keys, bias, scalars, buffer, config);
+            self.end_product(t, memory, next);
+        } else {
+            // Registers for one tile's weights: exponentials wait for the product that reads them, so
+            // what they need is found before.
+            let scores = take_scores(&*rows, keys, scalars, buffer, config);
+            raise_if_needed(rows, &scores, bias, scalars, config);
+            self.end_product(t, memory, next);
+            make_weights(&mut weights, &*rows, &scores, bias, scalars, config);
+            rows.add(&weights);
+        }
+        if t > 0 {
+            rescale(&*rows, config);
+        }
+        let to = comptime!(if two { buffer } else { 0 });
+        write_weights(&weights.packed, to, config.tile.keys);
+        self.begin_accumulate(t == 0, memory, to);
+        if next {
+            wgmma::wait(1u32);
+            self.release_keys(memory);
+        }
+    }
+}
+
+/// An item's tiles with the scores of two in registers.
+#[cube]
+pub(crate) trait LookAhead: CubeType + Sized {
+    /// Adds tile `t`, whose scores are in the registers of `buffer`. With `next`, those of the tile
+    /// after it begin to come into the other buffer first, and are there at the end; the product with
+    /// the values of tile `t` is then in flight.
+    fn add_tile(
+        &mut self,
+        rows: &mut RowPair,
+        t: u32,
+        memory: Memory,
+        scalars: ForwardScalars,
+        #[comptime] buffer: usize,
+        #[comptime] next: bool,
+    );
+}
+
+/// The tiles of an item; the scores of the first are there. While the softmax turns `S_t` into `P_t`, both
+/// `O += P_{t-1} V_{t-1}` and `S_{t+1} = Q K_{t+1}^T` are in flight, so that the tensor cores wait for
+/// nothing but the softmax.
+#[cube]
+pub(crate) fn attend_ahead<C: LookAhead>(
+    consumer: &mut C,
+    rows: &mut RowPair,
+    tiles: u32,
+    memory: Memory,
+    scalars: ForwardScalars,
+) {
+    let mut t = 0u32;
+    while t + 2 < tiles {
+        consumer.add_tile(rows, t, memory, scalars, 0usize, true);
+        consumer.add_tile(rows, t + 1, memory, scalars, 1usize, true);
+        t += 2;
+    }
+    if t + 1 < tiles {
+        consumer.add_tile(rows, t, memory, scalars, 0usize, true);
+        consumer.add_tile(rows, t + 1, memory, scalars, 1usize, false);
+    } else {
+        consumer.add_tile(rows, t, memory, scalars, 0usize, false);
     }
 }
 

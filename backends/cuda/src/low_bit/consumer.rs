@@ -9,7 +9,7 @@ use super::kernel::Scales;
 use super::producer::{ScaledKeys, read_keys};
 use super::softmax::{make_tile_weights, write_weights};
 use crate::forward::config::{Memory, Place, next_note};
-use crate::forward::consumer::release;
+use crate::forward::consumer::{LookAhead, LookAheadExpand, attend_ahead, release};
 use crate::forward::epilogue::end_stores;
 use crate::forward::kernel::{ForwardScalars, Item};
 use crate::forward::producer::Keys;
@@ -101,7 +101,7 @@ impl Consumer {
         wgmma::wait(0u32);
         self.release_keys(memory);
         if comptime!(self.config.ahead()) {
-            self.attend_ahead(rows, tiles, memory, scalars);
+            attend_ahead::<Consumer>(self, rows, tiles, memory, scalars);
         } else {
             self.attend_plainly(rows, tiles, memory, scalars);
         }
@@ -155,62 +155,6 @@ impl Consumer {
             low_bit::promote(upper, lower, products);
         }
         self.begin_values(tiles == 1, memory, 0usize);
-    }
-
-    /// As [`attend_plainly`](Self::attend_plainly); the scores of the tile after are in flight too, as in
-    /// [`crate::forward`].
-    fn attend_ahead(
-        &mut self,
-        rows: &mut RowPair,
-        tiles: u32,
-        memory: Memory,
-        scalars: ForwardScalars,
-    ) {
-        let mut t = 0u32;
-        while t + 2 < tiles {
-            self.add_tile(rows, t, memory, scalars, 0usize, true);
-            self.add_tile(rows, t + 1, memory, scalars, 1usize, true);
-            t += 2;
-        }
-        if t + 1 < tiles {
-            self.add_tile(rows, t, memory, scalars, 0usize, true);
-            self.add_tile(rows, t + 1, memory, scalars, 1usize, false);
-        } else {
-            self.add_tile(rows, t, memory, scalars, 0usize, false);
-        }
-    }
-
-    /// Adds tile `t`, whose scores are in the registers of `buffer`. With `next`, those of the tile
-    /// after it begin to come into the other buffer first, and are there at the end; the product with
-    /// the values of tile `t` is then in flight.
-    fn add_tile(
-        &mut self,
-        rows: &mut RowPair,
-        t: u32,
-        memory: Memory,
-        scalars: ForwardScalars,
-        #[comptime] buffer: usize,
-        #[comptime] next: bool,
-    ) {
-        let config = comptime!(self.config);
-        let keys = self.begun.keys.copy();
-        let factor = value::<f32>(self.begun.factor);
-        if next {
-            self.begin_scores(true, memory, comptime!(1 - buffer));
-        }
-        let mut weights = Weights::new(config.weight_words());
-        make_tile_weights(&mut weights, rows, keys, factor, scalars, buffer, config);
-        write_weights(&weights.packed, buffer, config);
-        wgmma::wait(comptime!(u32::from(next)));
-        if t > 0 {
-            self.release_values(memory);
-            rescale(&*rows, config);
-        }
-        self.begin_values(t == 0, memory, buffer);
-        if next {
-            wgmma::wait(1u32);
-            self.release_keys(memory);
-        }
     }
 
     /// Makes the weights of the scores begun last.
@@ -284,6 +228,39 @@ impl Consumer {
     fn release_values(&mut self, memory: Memory) {
         release(memory.value_empty(self.values.stage));
         self.values.advance();
+    }
+}
+
+#[cube]
+impl LookAhead for Consumer {
+    fn add_tile(
+        &mut self,
+        rows: &mut RowPair,
+        t: u32,
+        memory: Memory,
+        scalars: ForwardScalars,
+        #[comptime] buffer: usize,
+        #[comptime] next: bool,
+    ) {
+        let config = comptime!(self.config);
+        let keys = self.begun.keys.copy();
+        let factor = value::<f32>(self.begun.factor);
+        if next {
+            self.begin_scores(true, memory, comptime!(1 - buffer));
+        }
+        let mut weights = Weights::new(config.weight_words());
+        make_tile_weights(&mut weights, rows, keys, factor, scalars, buffer, config);
+        write_weights(&weights.packed, buffer, config);
+        wgmma::wait(comptime!(u32::from(next)));
+        if t > 0 {
+            self.release_values(memory);
+            rescale(&*rows, config);
+        }
+        self.begin_values(t == 0, memory, buffer);
+        if next {
+            wgmma::wait(1u32);
+            self.release_keys(memory);
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 
 use super::config::LowBitConfig;
 use crate::forward::kernel::ForwardScalars;
-use crate::forward::softmax::{LARGEST, Row, RowPair, Tops, Weights, is_partial, mask, quad_max};
+use crate::forward::softmax::{LARGEST, RowPair, Tops, Weights, is_partial, mask};
 use crate::ptx::{low_bit, math};
 
 /// log2 of the FP8 weight of a score that is the maximum in use. A unit's 16 of a row add up to 224, less
@@ -49,21 +49,6 @@ fn top_scores(scores: &Array<f32>, factor: f32, #[comptime] config: LowBitConfig
 #[cube]
 fn lowest() -> f32 {
     f32::reinterpret(0xFF80_0000u32)
-}
-
-/// Raises the maxima to those of a tile with these `tops`.
-#[cube]
-fn raise(rows: &mut RowPair, tops: &Tops) {
-    raise_row(&mut rows.upper, tops.upper);
-    raise_row(&mut rows.lower, tops.lower);
-}
-
-#[cube]
-fn raise_row(row: &mut Row, tile_max: f32) {
-    let new_max = max(row.max, quad_max(tile_max));
-    row.correction = math::exp2(row.max - new_max);
-    row.sum *= row.correction;
-    row.max = new_max;
 }
 
 /// Makes the weights `2^(S factor - m)` of `scores` with the maxima in use; in FP8 times
@@ -132,7 +117,8 @@ pub(super) fn make_tile_weights(
         if partial {
             mask(&mut scores, &*rows, keys, lowest(), scalars, config.forward);
         }
-        raise(rows, &top_scores(&scores, factor, config));
+        // Maxima are base-2 logarithms here.
+        rows.raise(&top_scores(&scores, factor, config), f32::new(1.0));
         make_weights(weights, &*rows, &scores, factor, config);
         weights.make_before();
     } else {
