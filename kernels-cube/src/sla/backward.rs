@@ -157,12 +157,7 @@ pub fn sla_backward(
     };
     let rounded = match precision.formats() {
         None => None,
-        Some(formats) => {
-            let inputs = [q, k, v];
-            Some(rounded_inputs(
-                client, problem, inputs, &saved.lse, formats,
-            )?)
-        }
+        Some(low) => Some(rounded_inputs(client, problem, [q, k, v], &saved.lse, low)?),
     };
     let ([sparse_q, sparse_k, sparse_v], lse) = match &rounded {
         None => ([q, k, v], &saved.lse),
@@ -177,6 +172,7 @@ pub fn sla_backward(
         grad_out: &branches.sparse,
         list: critical,
     })?;
+    // The linear branch may have their memory.
     drop(rounded);
     let grad_out = &branches.linear;
     let inputs = match mode {
