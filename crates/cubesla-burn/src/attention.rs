@@ -1,15 +1,15 @@
-//! Block-sparse attention.
+//! Block-sparse attention, in full precision and in low bits.
 
 use burn_core::backend::Dispatch;
 use burn_core::tensor::Tensor;
-use cubesla::AttentionOptions;
 use cubesla::plan::{BackwardPlan, ForwardPlan};
+use cubesla::{AttentionOptions, LowBitFormats, expect_low_bit};
 
 use crate::error::unwrap;
 use crate::ops::SlaOps;
 use crate::{BlockList, Error, convert};
 
-/// What [`try_block_sparse_attention`] returns.
+/// What [`try_block_sparse_attention`] and [`try_low_bit_attention`] return.
 #[derive(Clone, Debug)]
 pub struct AttentionOutput {
     /// `O [B, Hq, Lq, Dv]`, the inputs' type, with gradients for `q`, `k` and `v`.
@@ -47,9 +47,23 @@ pub fn try_block_sparse_attention(
     list: &BlockList,
     options: &AttentionOptions,
 ) -> Result<AttentionOutput, Error> {
+    attend(q, k, v, list, options, None)
+}
+
+fn attend(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    list: &BlockList,
+    options: &AttentionOptions,
+    formats: Option<LowBitFormats>,
+) -> Result<AttentionOutput, Error> {
     let (problem, client) = convert::problem(&q, &k, &v, options)?;
     list.expect(&problem, &q.device())?;
-    ForwardPlan::new(&problem, client.properties())?;
+    match formats {
+        None => ForwardPlan::new(&problem, client.properties()).map(drop)?,
+        Some(_) => expect_low_bit(&problem)?,
+    }
     if [&q, &k, &v].into_iter().any(Tensor::is_tracked) {
         BackwardPlan::new(&problem, client.properties())?;
     }
@@ -60,6 +74,7 @@ pub fn try_block_sparse_attention(
         list.indices().clone().into_dispatch(),
         list.counts().clone().into_dispatch(),
         *options,
+        formats,
     );
     Ok(AttentionOutput {
         out: Tensor::from_dispatch(out),
@@ -81,4 +96,44 @@ pub fn block_sparse_attention(
 ) -> Tensor<4> {
     let result = try_block_sparse_attention(q, k, v, list, options);
     unwrap("block_sparse_attention", result).out
+}
+
+/// [`try_block_sparse_attention`] with scores in INT8 or FP8, and values in their own type or in FP8.
+///
+/// Arguments and results are those; gradients, in the inputs' type, are those at the inputs as they were
+/// rounded, straight through the rounding: quantization-aware training. Source: SageAttention2++
+/// (arXiv 2505.21136), SLA2 (arXiv 2602.12675); see [`cubesla::low_bit_attention`] and
+/// [`cubesla::low_bit_attention_backward`].
+///
+/// # Errors
+/// [`Error`] for an argument that is refused, before anything is launched.
+///
+/// # Panics
+/// As for [`try_block_sparse_attention`].
+pub fn try_low_bit_attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    list: &BlockList,
+    options: &AttentionOptions,
+    formats: LowBitFormats,
+) -> Result<AttentionOutput, Error> {
+    attend(q, k, v, list, options, Some(formats))
+}
+
+/// The output of [`try_low_bit_attention`].
+///
+/// # Panics
+/// Where that returns an error, with the error's message.
+#[track_caller]
+pub fn low_bit_attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    list: &BlockList,
+    options: &AttentionOptions,
+    formats: LowBitFormats,
+) -> Tensor<4> {
+    let result = try_low_bit_attention(q, k, v, list, options, formats);
+    unwrap("low_bit_attention", result).out
 }

@@ -51,12 +51,15 @@ pub mod shim {
     }
 }
 
-pub use attention::{AttentionOutput, block_sparse_attention, try_block_sparse_attention};
+pub use attention::{
+    AttentionOutput, block_sparse_attention, low_bit_attention, try_block_sparse_attention,
+    try_low_bit_attention,
+};
 pub use block_list::BlockList;
 pub use blocks::Blocks;
 pub use cubesla::{
     AttentionOptions, Causal, F32Products, FeatureMap, Format, Granularity, HostBlockList,
-    LinearMode, Precision, ProblemError, TopKOrder,
+    LinearMode, LowBitFormats, LowBitScores, LowBitValues, Precision, ProblemError, TopKOrder,
 };
 pub use error::Error;
 pub use linear::{linear_attention, try_linear_attention};

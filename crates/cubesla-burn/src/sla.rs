@@ -5,6 +5,7 @@ use burn_core::tensor::Tensor;
 use cubesla::plan::BackwardPlan;
 use cubesla::{
     AttentionOptions, Causal, FeatureMap, LinearMode, Precision, ProblemError, SlaBackwardOptions,
+    expect_low_bit,
 };
 
 use crate::error::unwrap;
@@ -152,6 +153,9 @@ fn combine(
     let (problem, client) = convert::problem(&q, &k, &v, &options.attention)?;
     refuse_causal(options.attention.causal)?;
     blocks.expect(&problem, &q.device())?;
+    if options.precision != Precision::Full {
+        expect_low_bit(&problem)?;
+    }
     if tracked || [&q, &k, &v].into_iter().any(Tensor::is_tracked) {
         BackwardPlan::new(&problem, client.properties())?;
     }

@@ -18,7 +18,7 @@ pub use attention::{
 };
 pub use cubecl::Device;
 pub use cubecl::client::Client;
-pub use cubesla_kernels::attention::{LowBitFormats, LowBitScores, LowBitValues};
+pub use cubesla_kernels::attention::{LowBitFormats, LowBitScores, LowBitValues, expect_low_bit};
 pub use cubesla_kernels::linear::{FeatureMap, feature_rows};
 pub use cubesla_kernels::matmul::{
     LowBitForm, MatmulProblem, activation_granularity, expect_dynamic, expect_weights,

@@ -9,7 +9,9 @@ use burn_core::backend::autodiff::Autodiff;
 use burn_core::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_core::backend::tensor::{FloatTensor, IntTensor};
 use burn_core::backend::{AutodiffBackend, Backend};
-use cubesla::{AttentionOptions, Critical, FeatureMap, SlaBackwardOptions, TopKOrder};
+use cubesla::{
+    AttentionOptions, Critical, FeatureMap, LowBitFormats, SlaBackwardOptions, TopKOrder,
+};
 
 use super::soft::SoftGradientOps;
 use super::{Combination, Lists, SlaGradientOps, SlaOps};
@@ -26,8 +28,9 @@ where
         indices: IntTensor<Self>,
         counts: IntTensor<Self>,
         options: AttentionOptions,
+        formats: Option<LowBitFormats>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        attention::forward::<B, C>([q, k, v], indices, counts, options)
+        attention::forward::<B, C>([q, k, v], indices, counts, options, formats)
     }
 
     fn cubesla_sla(

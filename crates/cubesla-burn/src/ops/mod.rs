@@ -15,7 +15,9 @@ pub use values::{Combination, Lists};
 
 use burn_core::backend::Backend;
 use burn_core::backend::tensor::{FloatTensor, IntTensor};
-use cubesla::{AttentionOptions, Critical, FeatureMap, SlaBackwardOptions, TopKOrder};
+use cubesla::{
+    AttentionOptions, Critical, FeatureMap, LowBitFormats, SlaBackwardOptions, TopKOrder,
+};
 
 use crate::shim as burn;
 
@@ -26,7 +28,7 @@ use crate::shim as burn;
     Fusion,
 )]
 pub trait SlaOps: Backend {
-    /// `O` and the log-sum-exp, of which only `O` has a gradient.
+    /// `O` and the log-sum-exp, of which only `O` has a gradient; in low bits if there are `formats`.
     #[fusion(meta = shapes::attention)]
     fn cubesla_attention(
         q: FloatTensor<Self>,
@@ -35,6 +37,7 @@ pub trait SlaOps: Backend {
         indices: IntTensor<Self>,
         counts: IntTensor<Self>,
         options: AttentionOptions,
+        formats: Option<LowBitFormats>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// SLA or SLA2, as the combination's weights say.
@@ -105,7 +108,7 @@ pub trait SlaOps: Backend {
     Fusion,
 )]
 pub trait SlaGradientOps: Backend {
-    /// `dQ`, `dK` and `dV`.
+    /// `dQ`, `dK` and `dV` of a forward with these `formats`.
     #[fusion(meta = shapes::attention_backward)]
     fn cubesla_attention_backward(
         q: FloatTensor<Self>,
@@ -117,6 +120,7 @@ pub trait SlaGradientOps: Backend {
         indices: IntTensor<Self>,
         counts: IntTensor<Self>,
         options: AttentionOptions,
+        formats: Option<LowBitFormats>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
     /// `O`, `O^s`, `O^l` and the log-sum-exp.

@@ -2,7 +2,9 @@
 
 use burn_core::tensor::DType;
 use burn_fusion::custom::TensorSpec;
-use cubesla::{AttentionOptions, Critical, FeatureMap, SlaBackwardOptions, TopKOrder};
+use cubesla::{
+    AttentionOptions, Critical, FeatureMap, LowBitFormats, SlaBackwardOptions, TopKOrder,
+};
 
 use super::values::{CombinationMetadata, ListsMetadata};
 
@@ -25,6 +27,7 @@ pub(super) fn attention(
     _indices: &TensorSpec,
     _counts: &TensorSpec,
     _options: &AttentionOptions,
+    _formats: &Option<LowBitFormats>,
 ) -> (TensorSpec, TensorSpec) {
     (out(q, v), lse(q))
 }
@@ -39,6 +42,7 @@ pub(super) fn attention_backward(
     _indices: &TensorSpec,
     _counts: &TensorSpec,
     _options: &AttentionOptions,
+    _formats: &Option<LowBitFormats>,
 ) -> (TensorSpec, TensorSpec, TensorSpec) {
     (q.clone(), k.clone(), v.clone())
 }

@@ -1,10 +1,12 @@
-use burn_core::tensor::{Device, FloatDType, Tensor};
+use burn_core::tensor::{Device, FloatDType, Tensor, TensorData};
 use cubesla_burn::{
-    AttentionOptions, BlockList, Causal, HostBlockList, block_sparse_attention,
-    try_block_sparse_attention,
+    AttentionOptions, BlockList, Causal, HostBlockList, LowBitFormats, LowBitScores, LowBitValues,
+    block_sparse_attention, low_bit_attention, try_block_sparse_attention, try_low_bit_attention,
 };
 
-use crate::common::{assert_close, backward, constant, device, floats, gradient, heads, leaf};
+use crate::common::{
+    assert_close, backward, constant, device, floats, gradient, heads, leaf, values,
+};
 use crate::formula::{self, BLOCK};
 
 const LENS: [usize; 2] = [70, 90];
@@ -116,6 +118,64 @@ fn half_precision_stays_half() {
     let found = block_sparse_attention(half(&q), half(&k), half(&v), &blocks, &options());
     assert_eq!(found.dtype(), burn_core::tensor::DType::F16);
     assert_close("f16", found, formula::attention(q, k, v, mask), 2e-3);
+}
+
+/// Whole numbers, of which each row has 127 or its negative, so that a block's scale is 1, and each pair of
+/// rows 0 in the mean.
+fn whole_numbers([heads, len, dim]: [usize; 3], seed: u64, device: &Device) -> Tensor<4> {
+    let pairs = values(heads * len / 2 * dim, seed);
+    let mut numbers = Vec::new();
+    for row in pairs.chunks(dim) {
+        let mut row: Vec<f32> = row.iter().map(|x| (x * 127.0).round()).collect();
+        row[0] = 127f32.copysign(row[1]);
+        numbers.extend(row.iter().map(|x| -x));
+        numbers.extend(row);
+    }
+    Tensor::from_data(TensorData::new(numbers, [1, heads, len, dim]), device)
+}
+
+/// Of inputs that 8 bits hold exactly low-bit attention is the formula, and so are its gradients.
+#[test]
+fn low_bits_of_whole_numbers_are_the_formulas() {
+    let device = device().autodiff();
+    let host = list(4);
+    let blocks = BlockList::from_host(&host, &device);
+    let mask = formula::element_mask(&host, LENS, &device);
+    let q = leaf(whole_numbers([4, LENS[0], 32], 1, &device));
+    let k = leaf(whole_numbers([2, LENS[1], 32], 2, &device));
+    let v = leaf(heads([1, 2, LENS[1], 40], 3, &device));
+    // Scores of about 1.
+    let options = AttentionOptions {
+        scale: Some(4e-5),
+        ..options()
+    };
+    let formats = LowBitFormats {
+        scores: LowBitScores::Int8,
+        values: LowBitValues::Full,
+    };
+    let scaled = q.clone() * (4e-5 * 32f64.sqrt());
+    let exact = formula::attention(scaled, k.clone(), v.clone(), mask);
+    let inputs = || (q.clone(), k.clone(), v.clone());
+    let (a, b, c) = inputs();
+    let found = try_low_bit_attention(a, b, c, &blocks, &options, formats).unwrap();
+    assert!(found.out.is_tracked() && !found.lse.is_tracked());
+    assert_close("out", found.out.clone(), exact.clone(), 1e-5);
+    let (grads, exact_grads) = (backward(found.out, 4), backward(exact.clone(), 4));
+    for (name, leaf) in [("dq", &q), ("dk", &k), ("dv", &v)] {
+        let exact = gradient(leaf, &exact_grads);
+        assert_close(name, gradient(leaf, &grads), exact, 1e-4);
+    }
+
+    // Values are no whole numbers.
+    let (a, b, c) = inputs();
+    let fp8 = LowBitFormats {
+        values: LowBitValues::Fp8,
+        ..formats
+    };
+    let found = low_bit_attention(a, b, c, &blocks, &options, fp8);
+    assert_close("FP8", found.clone(), exact.clone(), 0.05);
+    let error = (found - exact).abs().max().into_scalar::<f32>();
+    assert!(error > 1e-4, "{error}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 use burn_core::tensor::{DType, FloatDType, Tensor};
 use cubesla_burn::{
-    AttentionOptions, BlockList, Blocks, Causal, Error, F32Products, ProblemError, SlaOptions,
-    try_block_sparse_attention, try_sla, try_sla2,
+    AttentionOptions, BlockList, Blocks, Causal, Error, F32Products, LowBitFormats, Precision,
+    ProblemError, SlaOptions, try_block_sparse_attention, try_low_bit_attention, try_sla, try_sla2,
 };
 
 use crate::common::{device, heads, noise};
@@ -117,6 +117,40 @@ fn a_device_without_tf32_says_so_before_anything_is_launched() {
         assert!(
             matches!(problem(error), ProblemError::NoPlan { reason, .. } if reason.contains("tf32"))
         );
+    }
+}
+
+#[test]
+fn low_bits_refuse_tf32_before_anything_is_launched() {
+    let [q, k, v] = inputs();
+    let device = device();
+    let list = || BlockList::dense([1, 2, 1, 2], &device);
+    let attention = AttentionOptions {
+        products: F32Products::Tf32,
+        ..AttentionOptions::default()
+    };
+    let run = (q.clone(), k.clone(), v.clone());
+    let formats = LowBitFormats::default();
+    let attended = try_low_bit_attention(run.0, run.1, run.2, &list(), &attention, formats);
+    let blocks = Blocks {
+        critical: list(),
+        negligible: None,
+    };
+    let options = SlaOptions {
+        attention,
+        precision: Precision::Int8Fp8,
+        ..SlaOptions::default()
+    };
+    let alpha = noise([1, 1], 4, &device);
+    let mixed = try_sla2(q, k, v, alpha, &blocks, &options);
+    for result in [attended.map(|_| ()), mixed.map(|_| ())] {
+        let named = match problem(result.unwrap_err()) {
+            ProblemError::NotSupported { what, .. } => what.contains("low-bit"),
+            // A device without it has no full precision by tf32 either.
+            ProblemError::NoPlan { reason, .. } => reason.contains("tf32"),
+            _ => false,
+        };
+        assert!(named);
     }
 }
 

@@ -165,8 +165,8 @@ fn metrics_of_all_blocks_are_perfect() {
     assert!((0.0..=1.0).contains(&some.agreement) && some.mass < 1.0 && some.error > 0.01);
 }
 
-/// The second stage, quantization-aware: the forward is in low bits, and its gradients are those of
-/// the inputs' type.
+/// The second stage, quantization-aware: the forward is in low bits, and its gradients pass straight
+/// through the rounding.
 #[test]
 fn the_second_stage_trains_in_low_bits() {
     let device = device().autodiff();

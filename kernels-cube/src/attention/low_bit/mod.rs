@@ -81,6 +81,14 @@ struct LowBit {
     scales: BufferArg,
 }
 
+/// An error if low bits are asked of a problem that has none: one whose products are tf32's.
+///
+/// # Errors
+/// [`ProblemError::NotSupported`].
+pub fn expect_low_bit(problem: &AttentionProblem) -> Result<(), ProblemError> {
+    problem.refuse_tf32("low-bit attention")
+}
+
 /// The tile that runs low-bit attention over `list` on the client's device.
 ///
 /// # Errors
@@ -92,7 +100,7 @@ pub(crate) fn low_bit_tile(
     list: &BlockList,
     formats: LowBitFormats,
 ) -> Result<Tile, ProblemError> {
-    problem.refuse_tf32("low-bit attention")?;
+    expect_low_bit(problem)?;
     let device = client.properties();
     expect_bindings(device, "low-bit attention", 13)?;
     let (d, dv) = (problem.head_dim(), problem.value_dim());

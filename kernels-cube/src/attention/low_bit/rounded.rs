@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::prepare::{UNITS, expect_budget, mean_key, quantize_blocks};
 use super::values::quantize_values;
-use super::{LowBit, LowBitFormats, LowBitValues};
+use super::{LowBit, LowBitFormats, LowBitValues, expect_low_bit};
 use crate::limits::{expect_buffer, expect_dtype, grid, line_grid};
 use crate::problem::expect_f32;
 use crate::quantize::{Format, number};
@@ -44,7 +44,7 @@ pub fn rounded_inputs(
     lse: &DeviceTensor<3>,
     formats: LowBitFormats,
 ) -> Result<RoundedInputs, ProblemError> {
-    problem.refuse_tf32("low-bit attention")?;
+    expect_low_bit(problem)?;
     problem.expect_inputs(q, k, v)?;
     expect_dtype(client.properties(), problem.dtype())?;
     expect_f32("lse", lse, problem.lse_shape())?;

@@ -1,4 +1,4 @@
-//! Block-sparse attention with its backward.
+//! Block-sparse attention, in full precision or in low bits, with its backward.
 
 use burn_core::backend::autodiff::checkpoint::base::Checkpointer;
 use burn_core::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -7,7 +7,7 @@ use burn_core::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn_core::backend::autodiff::{Autodiff, NodeId};
 use burn_core::backend::tensor::{FloatTensor, IntTensor};
 use burn_core::backend::{AutodiffBackend, Backend};
-use cubesla::AttentionOptions;
+use cubesla::{AttentionOptions, LowBitFormats};
 
 use super::super::{SlaGradientOps, SlaOps};
 
@@ -22,6 +22,7 @@ struct Saved<B: Backend> {
     indices: IntTensor<B>,
     counts: IntTensor<B>,
     options: AttentionOptions,
+    formats: Option<LowBitFormats>,
 }
 
 impl<B: Backend + SlaGradientOps> Backward<B, 3> for Attention {
@@ -48,6 +49,7 @@ impl<B: Backend + SlaGradientOps> Backward<B, 3> for Attention {
             saved.indices,
             saved.counts,
             saved.options,
+            saved.formats,
         );
         for (parent, grad) in ops.parents.into_iter().zip([dq, dk, dv]) {
             if let Some(parent) = parent {
@@ -64,6 +66,7 @@ pub(super) fn forward<B: Backend + SlaOps + SlaGradientOps, C: CheckpointStrateg
     indices: IntTensor<B>,
     counts: IntTensor<B>,
     options: AttentionOptions,
+    formats: Option<LowBitFormats>,
 ) -> (Differentiable<B, C>, Differentiable<B, C>) {
     let nodes = inputs.each_ref().map(|tensor| tensor.node());
     let prepared = Attention.prepare::<C>(nodes).compute_bound().stateful();
@@ -72,7 +75,7 @@ pub(super) fn forward<B: Backend + SlaOps + SlaGradientOps, C: CheckpointStrateg
             let nodes = inputs.each_ref().map(|tensor| tracked.checkpoint(tensor));
             let [q, k, v] = inputs.map(|tensor| tensor.into_primitive());
             let (out, lse) =
-                B::cubesla_attention(q, k, v, indices.clone(), counts.clone(), options);
+                B::cubesla_attention(q, k, v, indices.clone(), counts.clone(), options, formats);
             let saved = Saved {
                 inputs: nodes,
                 out: out.clone(),
@@ -80,13 +83,14 @@ pub(super) fn forward<B: Backend + SlaOps + SlaGradientOps, C: CheckpointStrateg
                 indices,
                 counts,
                 options,
+                formats,
             };
             let out = tracked.finish(saved, out);
             (out, <Autodiff<B, C> as AutodiffBackend>::from_inner(lse))
         }
         OpsKind::UnTracked(untracked) => {
             let [q, k, v] = inputs.map(|tensor| tensor.into_primitive());
-            let (out, lse) = B::cubesla_attention(q, k, v, indices, counts, options);
+            let (out, lse) = B::cubesla_attention(q, k, v, indices, counts, options, formats);
             let out = untracked.finish(out);
             (out, <Autodiff<B, C> as AutodiffBackend>::from_inner(lse))
         }

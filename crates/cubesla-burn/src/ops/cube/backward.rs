@@ -3,7 +3,7 @@
 use burn_core::backend::TensorMetadata;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
-use cubesla::{AttentionOptions, SlaBackwardOptions, SlaInputs, SlaSaved};
+use cubesla::{AttentionOptions, LowBitFormats, SlaBackwardOptions, SlaInputs, SlaSaved};
 
 use super::super::layout::{block_list, contiguous, view, wrap};
 use super::super::{Combination, SlaGradientOps};
@@ -20,25 +20,29 @@ impl SlaGradientOps for CubeBackend {
         indices: CubeTensor,
         counts: CubeTensor,
         options: AttentionOptions,
+        formats: Option<LowBitFormats>,
     ) -> (CubeTensor, CubeTensor, CubeTensor) {
         let like = q.clone();
         let list = block_list(indices, counts, k.shape()[2].div_ceil(options.block_k));
         let run = || {
             let (q, k, v, out, grad) = (view(q)?, view(k)?, view(v)?, view(out)?, view(grad)?);
             let lse = contiguous(lse)?;
-            cubesla::block_sparse_attention_backward(
-                &like.client,
-                &q,
-                &k,
-                &v,
-                &out,
-                &lse,
-                &grad,
-                &list,
-                &options,
-            )
+            let (client, q, k, v) = (&like.client, &q, &k, &v);
+            let (out, lse, grad, list, options) = (&out, &lse, &grad, &list, &options);
+            match formats {
+                None => cubesla::block_sparse_attention_backward(
+                    client, q, k, v, out, lse, grad, list, options,
+                ),
+                Some(low) => cubesla::low_bit_attention_backward(
+                    client, q, k, v, out, lse, grad, list, options, low,
+                ),
+            }
         };
-        let grads = launched("block_sparse_attention's backward", run());
+        let operation = match formats {
+            None => "block_sparse_attention's backward",
+            Some(_) => "low_bit_attention's backward",
+        };
+        let grads = launched(operation, run());
         (
             wrap(&like, &grads.dq),
             wrap(&like, &grads.dk),

@@ -5,7 +5,8 @@ use burn_core::tensor::DType;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 use cubesla::{
-    AttentionOptions, BlockList, Critical, FeatureMap, RouterWeights, SlaBackwardOptions, TopKOrder,
+    AttentionOptions, BlockList, Critical, FeatureMap, LowBitFormats, RouterWeights,
+    SlaBackwardOptions, TopKOrder,
 };
 
 use super::super::layout::{block_list, contiguous, view, wrap, wrap_handle};
@@ -20,14 +21,23 @@ impl SlaOps for CubeBackend {
         indices: CubeTensor,
         counts: CubeTensor,
         options: AttentionOptions,
+        formats: Option<LowBitFormats>,
     ) -> (CubeTensor, CubeTensor) {
         let like = q.clone();
         let list = block_list(indices, counts, k.shape()[2].div_ceil(options.block_k));
         let run = || {
             let (q, k, v) = (view(q)?, view(k)?, view(v)?);
-            cubesla::block_sparse_attention(&like.client, &q, &k, &v, &list, &options)
+            let client = &like.client;
+            match formats {
+                None => cubesla::block_sparse_attention(client, &q, &k, &v, &list, &options),
+                Some(low) => cubesla::low_bit_attention(client, &q, &k, &v, &list, &options, low),
+            }
         };
-        let output = launched("block_sparse_attention", run());
+        let operation = match formats {
+            None => "block_sparse_attention",
+            Some(_) => "low_bit_attention",
+        };
+        let output = launched(operation, run());
         (wrap(&like, &output.out), wrap(&like, &output.lse))
     }
 
