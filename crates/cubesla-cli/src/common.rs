@@ -4,6 +4,7 @@ use std::error::Error;
 use std::iter::successors;
 use std::time::Duration;
 
+use comfy_table::{CellAlignment, Row, Table, presets};
 use cubesla::DType;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -23,6 +24,17 @@ pub fn progress(steps: usize) -> ProgressBar {
     let bar = ProgressBar::new(steps as u64).with_style(style);
     bar.enable_steady_tick(Duration::from_millis(200));
     bar
+}
+
+/// A table in Markdown, whose columns after the first `words` hold numbers, aligned to the right.
+pub fn table(header: impl Into<Row>, words: usize) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(header);
+    for column in table.column_iter_mut().skip(words) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
 }
 
 /// What caused an error, and what caused that.

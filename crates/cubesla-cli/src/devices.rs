@@ -1,8 +1,8 @@
 //! `cubesla devices`.
 
-use comfy_table::{Table, presets};
 use cubesla::{DType, device};
 
+use crate::common;
 use crate::error::Error;
 
 #[derive(clap::Args)]
@@ -27,9 +27,8 @@ pub fn run(args: &Args, chosen: &str) -> Result<(), Error> {
     }
 
     let selected = device::select(chosen);
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header(["", "name", "description", "types", "shared memory per cube"]);
+    let header = ["", "name", "description", "types", "shared memory per cube"];
+    let mut table = common::table(header, header.len());
     for (name, device) in &devices {
         let client = device.client();
         let properties = client.properties();

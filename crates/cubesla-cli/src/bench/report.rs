@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use comfy_table::{CellAlignment, Table, presets};
 use cubesla::DType;
 use indicatif::BinaryBytes;
 
 use super::compare::{Peers, ratios};
 use super::{Measured, Outcome};
+use crate::common;
 
 const LEGEND: &str = "\
 error          relative error of a sample of results against the f64 reference, in L1 for low bits;
@@ -39,9 +39,7 @@ const PEAK_BYTES: f64 = 4.2e12;
 
 /// The plans of each case with their times.
 pub fn tuning(outcomes: &[Outcome]) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header(["case", "plan", "ms", ""]);
+    let mut table = common::table(["case", "plan", "ms", ""], 4);
     for outcome in outcomes {
         let Ok(Measured {
             tuning: Some(tuning),
@@ -76,8 +74,6 @@ pub fn tuning(outcomes: &[Outcome]) -> String {
 /// A legend, the table, and the plans.
 pub fn table(outcomes: &[Outcome], device: &str, peers: &Peers) -> String {
     let hopper = ["H100", "H200"].iter().any(|name| device.contains(name));
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
     let mut header = vec![
         "case",
         "error",
@@ -97,10 +93,7 @@ pub fn table(outcomes: &[Outcome], device: &str, peers: &Peers) -> String {
         header.push("peers");
     }
     let width = header.len();
-    table.set_header(header);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+    let mut table = common::table(header, 1);
     for outcome in outcomes {
         let mut cells = vec![outcome.name.clone()];
         match &outcome.result {

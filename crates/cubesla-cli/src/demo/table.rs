@@ -1,11 +1,11 @@
 //! The table of results, and the verdict.
 
-use comfy_table::{CellAlignment, Table, presets};
 use cubesla::DType;
 use indicatif::BinaryBytes;
 
 use super::Results;
 use super::measure::CALLS;
+use crate::common;
 use crate::error::Error;
 
 fn legend() -> String {
@@ -29,9 +29,7 @@ would learn them: its approximation is what they can reach at best.
 
 /// A legend and one table over all layers.
 pub fn table(results: &Results<'_>) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header([
+    let header = [
         "layer",
         "attention",
         "sparsity",
@@ -42,10 +40,8 @@ pub fn table(results: &Results<'_>) -> String {
         "time",
         "speed-up",
         "memory",
-    ]);
-    for column in table.column_iter_mut().skip(2) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+    ];
+    let mut table = common::table(header, 2);
     for (layer, runs) in results {
         for run in runs {
             let mass = run.head_mass.iter().sum::<f64>() / run.head_mass.len() as f64;

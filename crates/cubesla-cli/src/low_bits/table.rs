@@ -1,8 +1,9 @@
 //! The tables of accuracy.
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::Table;
 
 use super::accuracy::Row;
+use crate::common;
 
 /// What the columns mean.
 pub const LEGEND: &str = "\
@@ -17,19 +18,15 @@ unsmoothed  the same of the f64 reference if the mean key is not taken from the 
 
 /// One row for each choice of formats.
 pub fn table(rows: &[Row]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header([
+    let header = [
         "scores",
         "values",
         "cosine",
         "L1",
         "unsmoothed cosine",
         "unsmoothed L1",
-    ]);
-    for column in table.column_iter_mut().skip(2) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+    ];
+    let mut table = common::table(header, 2);
     for row in rows {
         let [scores, values] = row.formats.clone();
         let cosine = |x: f64| format!("{x:.5}");

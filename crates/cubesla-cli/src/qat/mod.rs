@@ -8,7 +8,7 @@ mod training;
 
 use std::path::PathBuf;
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::Table;
 use cubesla::device;
 
 use crate::bench::host::Random;
@@ -68,17 +68,13 @@ pub fn run(args: &Args, device: &str) -> Result<(), Error> {
 
 /// Losses after training, and what of the control's loss to low bits it won back.
 fn table(results: &[(Arm, Vec<training::Losses>)]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header([
+    let header = [
         "training",
         "loss in low bits",
         "in full precision",
         "won back",
-    ]);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+    ];
+    let mut table = common::table(header, 1);
     let control = training::last(&results[0].1);
     for (arm, curve) in results {
         let last = training::last(curve);

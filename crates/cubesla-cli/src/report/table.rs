@@ -1,8 +1,9 @@
 //! The tables of errors.
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::Table;
 
 use super::measure::Point;
+use crate::common;
 
 /// What the columns mean, and what the fits are worth.
 pub const LEGEND: &str = "\
@@ -24,9 +25,7 @@ these inputs with the model as it is. The linear branch sums over the blocks tha
 
 /// One row for each sparsity and routing.
 pub fn table(points: &[Point]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header([
+    let header = [
         "blocks",
         "sparsity",
         "attention kept",
@@ -35,10 +34,8 @@ pub fn table(points: &[Point]) -> Table {
         "SLA, W fitted",
         "SLA2, a fitted",
         "mean a",
-    ]);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+    ];
+    let mut table = common::table(header, 1);
     for point in points {
         let [critical, all] = point.blocks;
         let sparsities: Vec<String> = point.sparsities.iter().map(usize::to_string).collect();
