@@ -262,6 +262,24 @@ fn one_key() {
     }
 }
 
+/// Where the linear branch has one key its gradients cancel too, beside a sparse branch's that do not.
+#[test]
+fn a_last_block_of_one_key() {
+    check(SlaCase {
+        attention: AttentionCase {
+            batch: 2,
+            query_heads: 1,
+            query_len: 33,
+            key_len: 33,
+            lists: Lists::Random(0.155_898_093_200_946_75),
+            seed: 1_744_256_187_828_095_716,
+            ..AttentionCase::default()
+        },
+        combine: Combine::LogitPerHead,
+        ..SlaCase::default()
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
