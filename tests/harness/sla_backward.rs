@@ -2,8 +2,8 @@
 
 use cubesla::plan::SlaBackwardPlan;
 use cubesla::{
-    AttentionProblem, Client, DType, LinearMode, Precision, SlaBackwardOptions, SlaInputs,
-    download, sla_backward, sla2_backward, upload,
+    AttentionProblem, Client, DType, FeatureMap, LinearMode, Precision, SlaBackwardOptions,
+    SlaInputs, download, sla_backward, sla2_backward, upload,
 };
 use cubesla_kernels::FactorType;
 use cubesla_kernels::sla::{Combination, CombinationGradients, SlaBackward};
@@ -286,13 +286,31 @@ impl SlaCase {
             vec![sum(&s.dq, &l.dq), sum(&s.dk, &l.dk), sum(&s.dv, &l.dv)]
         };
         let mut expected = gradients(sparse, &branch);
-        // Without outputs nothing is subtracted from `dP`.
+        // Without outputs nothing is subtracted from `dP`, nor, below, by the gradient of phi: states are
+        // rounded before, so that what is left of a single key's is that of each feature.
         let nothing = Tensor::zeros(case.out_shape());
         let without_out = attention::Forward {
             out: nothing.clone(),
             lse: sparse.lse.clone(),
         };
-        let terms = gradients(&without_out, &nothing);
+        let mut terms = gradients(&without_out, &nothing);
+        let (phi_q, phi_k) = (phi.apply_all(&q), phi.apply_all(&k));
+        let same = reference_phi(FeatureMap::Identity);
+        let l = linear::backward(&phi_q, &phi_k, &v, same, &taken, none, &nothing, &dl);
+        let through = |x: &Tensor, features: &Tensor, grad: &Tensor| match self.phi {
+            FeatureMap::Softmax => Tensor::new(
+                grad.shape(),
+                features
+                    .data()
+                    .iter()
+                    .zip(grad.data())
+                    .map(|(y, g)| y * g)
+                    .collect(),
+            ),
+            _ => phi.backward_all(x, grad),
+        };
+        terms[0] = sum(&terms[0], &through(&q, &phi_q, &l.dq));
+        terms[1] = sum(&terms[1], &through(&k, &phi_k, &l.dk));
         expected.extend(weights);
 
         let plain_sparse = plain::attention(&q, &k, &v, &critical, scale, none, dtype);
