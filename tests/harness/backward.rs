@@ -89,21 +89,35 @@ impl AttentionCase {
         let ([q, k, v], weights) = self.reference_inputs(inputs);
         let (scale, causal) = (self.scale(), causal(self.options.causal));
         let dout = exact(grad_out, self.out_shape());
-        let mut forward = attention::forward(&q, &k, &v, &weights, scale, causal);
+        let forward = attention::forward(&q, &k, &v, &weights, scale, causal);
         let gradients = |forward: &attention::Forward| {
             let of = attention::backward(&q, &k, &v, &weights, scale, causal, forward, &dout);
             [of.dq, of.dk, of.dv]
         };
+        let plain =
+            plain::attention_backward(&q, &k, &v, &weights, scale, causal, &dout, self.factors());
+        self.check_gradients_of(found, forward, gradients, &plain, 0.0, by);
+    }
+
+    /// Compares `[dQ, dK, dV]` with what `gradients` makes of `forward`, by the error rules with
+    /// `plain` for a plain computation's and so much to `spare`.
+    pub fn check_gradients_of(
+        &self,
+        found: &Gradients,
+        mut forward: attention::Forward,
+        gradients: impl Fn(&attention::Forward) -> [Tensor; 3],
+        plain: &[Tensor],
+        spare: f64,
+        by: &str,
+    ) {
         let exact = gradients(&forward);
         // Without an output nothing is subtracted from `dP`.
         forward.out = Tensor::zeros(self.out_shape());
         let terms = gradients(&forward);
-        let plain =
-            plain::attention_backward(&q, &k, &v, &weights, scale, causal, &dout, self.factors());
         for (at, what) in ["dq", "dk", "dv"].into_iter().enumerate() {
-            let bound = plain::gradient_bound(&plain[at], &exact[at], self.factors()).max(
-                plain::cancelled_bound(&terms[at], &exact[at], self.factors()),
-            );
+            let cancelled = plain::cancelled_bound(&terms[at], &exact[at], self.factors());
+            let bound = plain::gradient_bound(&plain[at], &exact[at], self.factors());
+            let bound = bound.max(cancelled) + spare;
             let error = relative_error(&wide(&found[at]), exact[at].data());
             assert!(
                 error <= bound,
@@ -142,9 +156,8 @@ impl AttentionCase {
         for (plan, found) in self.run_backward(client, &inputs, &grad_out) {
             for at in 0..3 {
                 let pairs = wide(&found[at]).into_iter().zip(exact[at].data());
-                let difference = pairs.map(|(x, y)| (x - y).powi(2)).sum::<f64>().sqrt();
-                let size = terms[at].data().iter().map(|x| x * x).sum::<f64>().sqrt();
-                let error = difference / size;
+                let difference: Vec<f64> = pairs.map(|(x, y)| x - y).collect();
+                let error = plain::norm(&difference) / plain::norm(terms[at].data());
                 assert!(error <= limit, "{at}: {error:.2e} by {plan} in {self:?}");
             }
         }

@@ -300,8 +300,7 @@ pub fn gradient_bound(plain: &Tensor, exact: &Tensor, dtype: impl Into<FactorTyp
 /// nearly cancel, as those of one key do: what rounding leaves of them. 0 where half of them or
 /// less are cancelled.
 pub fn cancelled_bound(terms: &Tensor, exact: &Tensor, dtype: impl Into<FactorType>) -> f64 {
-    let norm = |x: &Tensor| x.data().iter().map(|x| x * x).sum::<f64>().sqrt();
-    let (terms, exact) = (norm(terms), norm(exact));
+    let (terms, exact) = (norm(terms.data()), norm(exact.data()));
     if terms <= 2.0 * exact {
         return 0.0;
     }
@@ -311,4 +310,9 @@ pub fn cancelled_bound(terms: &Tensor, exact: &Tensor, dtype: impl Into<FactorTy
     // Relative to what `relative_error` is relative to.
     let unit = if exact == 0.0 { 1.0 } else { exact };
     factor * epsilon(dtype) * terms / unit
+}
+
+/// The Euclidean norm.
+pub fn norm(x: &[f64]) -> f64 {
+    x.iter().map(|x| x * x).sum::<f64>().sqrt()
 }

@@ -201,7 +201,6 @@ impl SlaCase {
                 }
             }
         }
-        let size = exact.data().iter().map(|x| x * x).sum::<f64>().sqrt();
         // Sums of f32 numbers add some errors of their own.
         let factor = if case.factors() == FactorType::F32 {
             16.0
@@ -209,7 +208,7 @@ impl SlaCase {
             3.0
         };
         // Not less than the rule for f32, as for other gradients.
-        (factor * epsilon(case.factors()) * terms.sqrt() / size).max(1e-5)
+        (factor * epsilon(case.factors()) * terms.sqrt() / plain::norm(exact.data())).max(1e-5)
     }
 
     /// Runs the case with every engine and compares every gradient with the reference by the error
