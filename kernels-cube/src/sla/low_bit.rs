@@ -3,9 +3,7 @@
 use cubecl::prelude::*;
 
 use super::SlaInputs;
-use crate::attention::{
-    ForwardInputs, ForwardOutputs, LowBitFormats, LowBitScores, LowBitValues, launch_low_bit,
-};
+use crate::attention::{ForwardInputs, ForwardOutputs, LowBitFormats, launch_low_bit};
 use crate::{AttentionProblem, DType, DeviceTensor, ProblemError};
 
 /// Arithmetic of the sparse branch.
@@ -23,15 +21,11 @@ pub enum Precision {
 impl Precision {
     /// The formats of low-bit attention, if it is that.
     pub fn formats(self) -> Option<LowBitFormats> {
-        let scores = match self {
-            Self::Full => return None,
-            Self::Int8Fp8 => LowBitScores::Int8,
-            Self::Fp8 => LowBitScores::Fp8,
-        };
-        Some(LowBitFormats {
-            scores,
-            values: LowBitValues::Fp8,
-        })
+        match self {
+            Self::Full => None,
+            Self::Int8Fp8 => Some(LowBitFormats::INT8_FP8),
+            Self::Fp8 => Some(LowBitFormats::FP8),
+        }
     }
 }
 

@@ -1,18 +1,15 @@
 //! Quantization-aware training of queries, keys and values.
 
 use cubesla::{
-    AttentionOptions, BlockList, Client, DeviceTensor, LowBitFormats, LowBitScores, LowBitValues,
-    download, low_bit_attention, low_bit_attention_backward, upload,
+    AttentionOptions, BlockList, Client, DeviceTensor, LowBitFormats, download, low_bit_attention,
+    low_bit_attention_backward, upload,
 };
 use indicatif::ProgressBar;
 
 use crate::error::Error;
 use crate::layers::Layer;
 
-const FORMATS: LowBitFormats = LowBitFormats {
-    scores: LowBitScores::Int8,
-    values: LowBitValues::Fp8,
-};
+const FORMATS: LowBitFormats = LowBitFormats::INT8_FP8;
 /// What of a gradient a step goes, and what of the step before. Larger steps stir up more rounding
 /// than they take away.
 const RATE: f32 = 3e-3;

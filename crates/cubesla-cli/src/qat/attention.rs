@@ -2,19 +2,15 @@
 
 use cubesla::{
     AttentionOptions, AttentionOutput, BlockList, Client, DType, DeviceTensor, HostBlockList,
-    LowBitFormats, LowBitScores, LowBitValues, block_sparse_attention,
-    block_sparse_attention_backward, download, low_bit_attention, low_bit_attention_backward,
-    upload,
+    LowBitFormats, block_sparse_attention, block_sparse_attention_backward, download,
+    low_bit_attention, low_bit_attention_backward, upload,
 };
 
 use super::{BATCH, DIM, HEADS, LEN};
 use crate::error::Error;
 
 const SHAPE: [usize; 4] = [BATCH, HEADS, LEN, DIM];
-const FORMATS: LowBitFormats = LowBitFormats {
-    scores: LowBitScores::Int8,
-    values: LowBitValues::Fp8,
-};
+const FORMATS: LowBitFormats = LowBitFormats::INT8_FP8;
 
 /// How gradients are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

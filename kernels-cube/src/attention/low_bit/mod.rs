@@ -74,6 +74,19 @@ pub struct LowBitFormats {
     pub values: LowBitValues,
 }
 
+impl LowBitFormats {
+    /// Scores in INT8, weights and values in FP8.
+    pub const INT8_FP8: Self = Self {
+        scores: LowBitScores::Int8,
+        values: LowBitValues::Fp8,
+    };
+    /// All of them in FP8.
+    pub const FP8: Self = Self {
+        scores: LowBitScores::Fp8,
+        values: LowBitValues::Fp8,
+    };
+}
+
 /// Low-bit rows and their scales.
 struct LowBit {
     /// Four elements to a word, `[B, H, L, D / 4]`.

@@ -3,9 +3,8 @@
 
 use cubesla::{
     AttentionGradients, AttentionOptions, AttentionOutput, AttentionProblem, BlockList, Client,
-    DType, DeviceTensor, HostBlockList, LowBitFormats, LowBitScores, LowBitValues,
-    block_sparse_attention, block_sparse_attention_backward, low_bit_attention,
-    low_bit_attention_backward,
+    DType, DeviceTensor, HostBlockList, LowBitFormats, block_sparse_attention,
+    block_sparse_attention_backward, low_bit_attention, low_bit_attention_backward,
 };
 use cubesla_reference::attention::{Causal, Forward, Gradients, backward};
 use cubesla_reference::blocks::BlockWeights;
@@ -14,11 +13,6 @@ use cubesla_reference::{Tensor, relative_error};
 use super::{Case, Check, Cost, Qkv, Scale, Size, Work, bound, sparse};
 use crate::bench::host::HostTensor;
 use crate::error::Error;
-
-const LOW: LowBitFormats = LowBitFormats {
-    scores: LowBitScores::Int8,
-    values: LowBitValues::Fp8,
-};
 
 pub fn cases(scale: Scale, dtype: Option<DType>) -> Vec<Case> {
     let case = |name, (size, sparsity), formats| Case {
@@ -31,7 +25,11 @@ pub fn cases(scale: Scale, dtype: Option<DType>) -> Vec<Case> {
     let both = |variant| {
         [
             case("sparse_backward", variant, None),
-            case("low_bit_backward/int8-fp8", variant, Some(LOW)),
+            case(
+                "low_bit_backward/int8-fp8",
+                variant,
+                Some(LowBitFormats::INT8_FP8),
+            ),
         ]
     };
     variants.flat_map(both).collect()
