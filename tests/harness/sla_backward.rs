@@ -8,6 +8,7 @@ use cubesla::{
 use cubesla_kernels::FactorType;
 use cubesla_kernels::sla::{Combination, CombinationGradients, SlaBackward};
 use cubesla_reference::attention::Causal;
+use cubesla_reference::blocks::BlockWeights;
 use cubesla_reference::{Tensor, attention, linear, low_bit, relative_error, sla};
 
 use crate::backward::epsilon;
@@ -310,6 +311,9 @@ impl SlaCase {
         };
         terms[0] = sum(&terms[0], &through(&q, &phi_q, &l.dq));
         terms[1] = sum(&terms[1], &through(&k, &phi_k, &l.dk));
+        if self.linear == LinearMode::Complement {
+            terms[2] = sum(&terms[2], &values_of_all_keys(&phi_q, &phi_k, &taken, &dl));
+        }
         expected.extend(weights);
 
         let plain_sparse = plain::attention(&q, &k, &v, &critical, scale, none, dtype);
@@ -379,6 +383,43 @@ impl SlaCase {
             },
         ]
     }
+}
+
+/// What sums over all keys add to the gradient of values, of which the complement takes the listed blocks'
+/// share away again.
+fn values_of_all_keys(
+    phi_q: &Tensor,
+    phi_k: &Tensor,
+    taken: &BlockWeights,
+    grad_out: &Tensor,
+) -> Tensor {
+    let [batch, heads, query_len, value_dim] = grad_out.shape();
+    let [_, kv_heads, key_len, _] = phi_k.shape();
+    let mut all = Tensor::zeros([batch, kv_heads, key_len, value_dim]);
+    for b in 0..batch {
+        for h in 0..heads {
+            let kv = h / (heads / kv_heads);
+            for i in 0..query_len {
+                let query = phi_q.row(b, h, i);
+                let product = |j| -> f64 {
+                    let pairs = query.iter().zip(phi_k.row(b, kv, j));
+                    pairs.map(|(x, y)| x * y).sum()
+                };
+                let products: Vec<f64> = (0..key_len).map(product).collect();
+                let weighted = products.iter().enumerate();
+                let n: f64 = weighted.map(|(j, x)| taken.at(b, h, i, j) * x).sum();
+                if n == 0.0 {
+                    continue;
+                }
+                for (j, x) in products.iter().enumerate() {
+                    let row = all.row_mut(b, kv, j).iter_mut();
+                    row.zip(grad_out.row(b, h, i))
+                        .for_each(|(to, g)| *to += x / n * g);
+                }
+            }
+        }
+    }
+    all
 }
 
 /// `a + b`.
