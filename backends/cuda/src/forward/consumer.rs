@@ -8,7 +8,8 @@ use super::epilogue::{end_stores, load_accumulator, store};
 use super::kernel::{ForwardConfig, ForwardScalars, Item};
 use super::producer::{Keys, read_bias, read_keys};
 use super::softmax::{
-    RowPair, Weights, make_tile_weights, make_weights, raise_if_needed, take_scores,
+    LARGEST, RowPair, Weights, begin_maxima, make_tile_weights, make_weights, make_weights_again,
+    must_be_made_again, raise_if_needed, read_scores, take_scores,
 };
 use crate::ptx::{barrier, value, wgmma};
 
@@ -59,10 +60,7 @@ pub(crate) fn consume_in_streams<F: Float>(
     let mut consumer = Consumer::new(config);
     let mut index = CUBE_POS_X * streams + stream;
     while index < scalars.items {
-        barrier::wait(
-            memory.query_full(consumer.queries.stage),
-            consumer.queries.parity,
-        );
+        consumer.take_query_tile(memory);
         let item = Item::read(memory, consumer.note);
         let mut rows = RowPair::new(item.first_query);
         consumer.begin_scores(true, memory, 0usize);
@@ -87,6 +85,8 @@ pub(crate) struct Consumer {
     keys: Place,
     values: Place,
     queries: Place,
+    /// Where the warpgroup's queries lie, if they stay in shared memory.
+    query_tile: u32,
     /// On the item being computed.
     pub note: u32,
     /// The keys whose scores were begun last.
@@ -104,6 +104,7 @@ impl Consumer {
             keys: Place::first(config.tile.stages),
             values: Place::first(config.tile.stages),
             queries: Place::first(config.tile.query_tiles()),
+            query_tile: 0,
             note: 0,
             begun: Keys { first: 0, count: 0 },
             bias: 0.0,
@@ -131,7 +132,9 @@ impl Consumer {
     ) {
         wgmma::wait(0u32);
         self.release_keys(memory);
-        if comptime!(self.config.tile.ahead) {
+        if comptime!(self.config.tile.streams > 1) {
+            self.attend_in_turn(rows, tiles, memory, scalars);
+        } else if comptime!(self.config.tile.ahead) {
             attend_ahead::<Consumer>(self, rows, tiles, memory, scalars);
         } else {
             self.attend_plainly(rows, tiles, memory, scalars);
@@ -153,6 +156,17 @@ impl Consumer {
         }
     }
 
+    /// Awaits the next item's queries, which stay in shared memory.
+    fn take_query_tile(&mut self, memory: Memory) {
+        let tile = comptime!(self.config.tile);
+        let consumers = comptime!(tile.consumers as u32);
+        barrier::wait(memory.query_full(self.queries.stage), self.queries.parity);
+        let at = memory.queries
+            + self.queries.stage * comptime!(tile.query_bytes() as u32)
+            + UNIT_POS / 128 % consumers * comptime!(64 * 128u32);
+        self.query_tile = plane_broadcast(at, 0u32);
+    }
+
     /// Brings rows that come in the place of values, a tile to each warpgroup, into the accumulator.
     pub fn take_rows(&mut self, memory: Memory) {
         let config = comptime!(self.config);
@@ -170,8 +184,7 @@ impl Consumer {
     }
 
     /// The tiles of an item; the scores of the first are there. While the softmax turns `S_t` into
-    /// `P_t`, the product `O += P_{t-1} V_{t-1}` is in flight, but in streams: there it has no registers for
-    /// `P_t` to come into, and waiting costs little beside another stream.
+    /// `P_t`, the product `O += P_{t-1} V_{t-1}` is in flight.
     fn attend_plainly(
         &mut self,
         rows: &mut RowPair,
@@ -180,7 +193,6 @@ impl Consumer {
         scalars: ForwardScalars,
     ) {
         let config = comptime!(self.config);
-        let beside = comptime!(config.tile.streams == 1);
         let keys = comptime!(config.tile.keys);
         let mut weights = Weights::new(config.tile.weight_words());
         make_tile_weights(
@@ -196,11 +208,8 @@ impl Consumer {
         for t in 1..tiles {
             self.begin_scores(true, memory, 0usize);
             self.begin_accumulate(t == 1, memory, 0usize);
-            wgmma::wait(comptime!(u32::from(beside)));
+            wgmma::wait(1u32);
             self.release_keys(memory);
-            if !beside {
-                self.release_values(memory);
-            }
             make_tile_weights(
                 &mut weights,
                 rows,
@@ -210,14 +219,68 @@ impl Consumer {
                 0usize,
                 config,
             );
-            if beside {
-                wgmma::wait(0u32);
-                self.release_values(memory);
-            }
+            wgmma::wait(0u32);
+            self.release_values(memory);
             rescale(&*rows, config);
             write_weights(&weights.packed, 0usize, keys);
         }
         self.begin_accumulate(tiles == 1, memory, 0usize);
+    }
+
+    /// The same with no product in flight during a softmax, in streams: there are no registers for `P_t`
+    /// to come into, and waiting costs little beside another stream.
+    fn attend_in_turn(
+        &mut self,
+        rows: &mut RowPair,
+        tiles: u32,
+        memory: Memory,
+        scalars: ForwardScalars,
+    ) {
+        self.take_weights(rows, scalars, false);
+        for t in 1..tiles {
+            self.begin_scores(true, memory, 0usize);
+            self.begin_accumulate(t == 1, memory, 0usize);
+            wgmma::wait(0u32);
+            self.release_keys(memory);
+            self.release_values(memory);
+            self.take_weights(rows, scalars, true);
+        }
+        self.begin_accumulate(tiles == 1, memory, 0usize);
+    }
+
+    /// Turns the scores into the weights of the next product. With `accumulated`, there was one before.
+    fn take_weights(
+        &self,
+        rows: &mut RowPair,
+        scalars: ForwardScalars,
+        #[comptime] accumulated: bool,
+    ) {
+        let config = comptime!(self.config);
+        let keys = comptime!(config.tile.keys);
+        let bias = self.bias;
+        let mut weights = Weights::new(config.tile.weight_words());
+        if !accumulated {
+            begin_maxima(rows, self.begun, bias, scalars, 0usize, config);
+        }
+        let scores = read_scores(0usize, keys);
+        make_weights(&mut weights, &*rows, &scores, bias, scalars, config);
+        write_weights(&weights.packed, 0usize, keys);
+        if must_be_made_again(&weights, LARGEST, &*rows, self.begun, scalars, config) {
+            make_weights_again(
+                &mut weights,
+                rows,
+                self.begun,
+                bias,
+                scalars,
+                0usize,
+                config,
+            );
+            write_weights(&weights.packed, 0usize, keys);
+            if accumulated {
+                rows.rescale(config);
+            }
+        }
+        rows.add(&weights);
     }
 
     /// Ends the product before tile `t`, if there is one. With `next`, the scores of the tile after it
@@ -245,11 +308,7 @@ impl Consumer {
         let at = memory.keys + self.keys.stage * comptime!(tile.key_bytes() as u32);
         wgmma::fence();
         if comptime!(tile.streams > 1) {
-            let consumers = comptime!(tile.consumers as u32);
-            let queries = memory.queries
-                + self.queries.stage * comptime!(tile.query_bytes() as u32)
-                + UNIT_POS / 128 % consumers * comptime!(64 * 128u32);
-            let queries = wgmma::descriptor(plane_broadcast(queries, 0u32));
+            let queries = wgmma::descriptor(self.query_tile);
             wgmma::scores_of_shared(queries, wgmma::descriptor(at), tile.products());
         } else {
             wgmma::scores(wgmma::descriptor(at), buffer, tile.products());
@@ -379,11 +438,7 @@ pub(crate) fn release(empty: u32) {
 #[cube]
 fn rescale(rows: &RowPair, #[comptime] config: ForwardConfig) {
     if rows.raised {
-        wgmma::scale_accumulator(
-            rows.upper.correction,
-            rows.lower.correction,
-            config.tile.products(),
-        );
+        rows.rescale(config);
     }
 }
 

@@ -79,6 +79,15 @@ impl RowPair {
         self.lower.raise(tops.lower, scale_log2);
     }
 
+    /// Brings the accumulator to the maxima.
+    pub fn rescale(&self, #[comptime] config: ForwardConfig) {
+        wgmma::scale_accumulator(
+            self.upper.correction,
+            self.lower.correction,
+            config.tile.products(),
+        );
+    }
+
     /// Adds a tile's weights to the rows' sums.
     pub fn add(&mut self, weights: &Weights) {
         self.upper.sum += weights.upper_sum;
@@ -120,7 +129,7 @@ impl Tops {
 
 /// The scores in the registers of `buffer`.
 #[cube]
-fn read_scores(#[comptime] buffer: usize, #[comptime] keys: usize) -> Array<f32> {
+pub(crate) fn read_scores(#[comptime] buffer: usize, #[comptime] keys: usize) -> Array<f32> {
     let mut scores = Array::<f32>::new(keys / 2);
     #[unroll]
     for step in 0..comptime!(keys / 16) {
@@ -163,9 +172,22 @@ impl Weights {
         }
     }
 
-    /// Whether a unit of the warp has weights that may be larger than `limit`: some whose sum is.
+    /// Counts the `sum` of the weights of word `i`, which begins its row's if it is the first.
+    pub fn count(&mut self, sum: f32, #[comptime] i: usize) {
+        if comptime!(i == 0) {
+            self.upper_sum = sum;
+        } else if comptime!(i == 1) {
+            self.lower_sum = sum;
+        } else if comptime!(i % 2 == 0) {
+            self.upper_sum += sum;
+        } else {
+            self.lower_sum += sum;
+        }
+    }
+
+    /// Whether the unit has weights that may be larger than `limit`: some whose sum is.
     pub fn exceed(&self, #[comptime] limit: f32) -> bool {
-        plane_any(self.upper_sum > limit || self.lower_sum > limit)
+        self.upper_sum > limit || self.lower_sum > limit
     }
 
     /// Lets ptxas make these weights no later than here.
@@ -192,19 +214,13 @@ pub(crate) fn make_weights(
         upper_shift = (rows.upper.max - bias) * scale_log2;
         lower_shift = (rows.lower.max - bias) * scale_log2;
     }
-    weights.upper_sum = 0.0;
-    weights.lower_sum = 0.0;
     #[unroll]
     for i in 0..comptime!(config.tile.weight_words()) {
         let upper = comptime!(i % 2 == 0);
         let shift = if upper { upper_shift } else { lower_shift };
         let low = math::exp2(fma(scores[comptime!(2 * i)], scale_log2, -shift));
         let high = math::exp2(fma(scores[comptime!(2 * i + 1)], scale_log2, -shift));
-        if upper {
-            weights.upper_sum += low + high;
-        } else {
-            weights.lower_sum += low + high;
-        }
+        weights.count(low + high, i);
         weights.packed[i] = math::pack(low, high, comptime!(config.tile.products().format()));
     }
 }
@@ -219,7 +235,7 @@ pub(crate) fn take_scores(
     #[comptime] config: ForwardConfig,
 ) -> Array<f32> {
     let mut scores = read_scores(buffer, config.tile.keys);
-    if is_partial(rows, keys, scalars, config) {
+    if plane_any(unit_is_partial(rows, keys, scalars, config)) {
         mask(&mut scores, rows, keys, f32::new(MASKED), scalars, config);
     }
     scores
@@ -246,7 +262,8 @@ pub(crate) fn raise_if_needed(
 
 /// Makes the weights of the scores in `buffer`, and adds them to the rows' sums.
 ///
-/// First with the maxima in use, which few tiles after the first raise.
+/// With the maxima in use and unmasked: few tiles raise a maximum or have keys to mask, and those are made
+/// again.
 #[cube]
 pub(crate) fn make_tile_weights(
     weights: &mut Weights,
@@ -257,24 +274,61 @@ pub(crate) fn make_tile_weights(
     #[comptime] buffer: usize,
     #[comptime] config: ForwardConfig,
 ) {
-    let partial = is_partial(&*rows, keys, scalars, config);
-    rows.raised = true;
-    if !partial {
-        let scores = read_scores(buffer, config.tile.keys);
-        make_weights(weights, &*rows, &scores, bias, scalars, config);
-        rows.raised = weights.exceed(LARGEST);
-    }
+    let scores = read_scores(buffer, config.tile.keys);
+    make_weights(weights, &*rows, &scores, bias, scalars, config);
+    rows.raised = must_be_made_again(&*weights, LARGEST, &*rows, keys, scalars, config);
     if rows.raised {
-        let mut scores = read_scores(buffer, config.tile.keys);
-        if partial {
-            mask(&mut scores, &*rows, keys, f32::new(MASKED), scalars, config);
-        }
-        let tops = top_scores(&scores, bias, config);
-        rows.raise(&tops, scale_log2(scalars));
-        make_weights(weights, &*rows, &scores, bias, scalars, config);
-        weights.make_before();
+        make_weights_again(weights, rows, keys, bias, scalars, buffer, config);
     }
     rows.add(&*weights);
+}
+
+/// Takes the maxima of an item's first tile, unless it has keys to mask: its weights are made again anyway.
+#[cube]
+pub(crate) fn begin_maxima(
+    rows: &mut RowPair,
+    keys: Keys,
+    bias: f32,
+    scalars: ForwardScalars,
+    #[comptime] buffer: usize,
+    #[comptime] config: ForwardConfig,
+) {
+    if !plane_any(unit_is_partial(&*rows, keys, scalars, config)) {
+        let scores = read_scores(buffer, config.tile.keys);
+        rows.raise(&top_scores(&scores, bias, config), scale_log2(scalars));
+    }
+}
+
+/// Whether a unit of the warp has weights of keys to mask, or some that may be larger than `limit`.
+#[cube]
+pub(crate) fn must_be_made_again(
+    weights: &Weights,
+    #[comptime] limit: f32,
+    rows: &RowPair,
+    keys: Keys,
+    scalars: ForwardScalars,
+    #[comptime] config: ForwardConfig,
+) -> bool {
+    plane_any(unit_is_partial(rows, keys, scalars, config) || weights.exceed(limit))
+}
+
+/// Makes such weights: masks scores, and raises the maxima.
+#[cube]
+pub(crate) fn make_weights_again(
+    weights: &mut Weights,
+    rows: &mut RowPair,
+    keys: Keys,
+    bias: f32,
+    scalars: ForwardScalars,
+    #[comptime] buffer: usize,
+    #[comptime] config: ForwardConfig,
+) {
+    let mut scores = read_scores(buffer, config.tile.keys);
+    mask(&mut scores, &*rows, keys, f32::new(MASKED), scalars, config);
+    let tops = top_scores(&scores, bias, config);
+    rows.raise(&tops, scale_log2(scalars));
+    make_weights(weights, &*rows, &scores, bias, scalars, config);
+    weights.make_before();
 }
 
 /// What turns scores into base-2 logarithms of weights.
@@ -283,10 +337,10 @@ fn scale_log2(scalars: ForwardScalars) -> f32 {
     scalars.scale * std::f32::consts::LOG2_E
 }
 
-/// Whether a unit of the warp has scores of keys that do not exist or lie in the future: only tiles at the
-/// end of a block or on the diagonal have such keys.
+/// Whether the unit has scores of keys that do not exist or lie in the future: only tiles at the end of a
+/// block or on the diagonal have such keys.
 #[cube]
-pub(crate) fn is_partial(
+fn unit_is_partial(
     rows: &RowPair,
     keys: Keys,
     scalars: ForwardScalars,
@@ -298,7 +352,7 @@ pub(crate) fn is_partial(
         let end = keys.first + tile_keys;
         partial = partial || end as i32 > rows.query as i32 + scalars.causal_shift + 1;
     }
-    plane_any(partial)
+    partial
 }
 
 /// Replaces scores of keys that do not exist, or lie in the future, by the `lowest`.

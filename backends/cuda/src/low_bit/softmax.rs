@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 
 use super::config::LowBitConfig;
 use crate::forward::kernel::ForwardScalars;
-use crate::forward::softmax::{LARGEST, RowPair, Tops, Weights, is_partial, mask};
+use crate::forward::softmax::{LARGEST, RowPair, Tops, Weights, mask, must_be_made_again};
 use crate::ptx::{low_bit, math};
 
 /// log2 of the FP8 weight of a score that is the maximum in use. A unit's 16 of a row add up to 224, less
@@ -64,8 +64,6 @@ fn make_weights(
     let top = comptime!(if config.fp8 { FP8_SHIFT } else { 0.0 });
     let upper_shift = top - rows.upper.max;
     let lower_shift = top - rows.lower.max;
-    weights.upper_sum = 0.0;
-    weights.lower_sum = 0.0;
     let fp8 = config.fp8;
     let words = comptime!(config.weight_words());
     #[unroll]
@@ -85,11 +83,7 @@ fn make_weights(
         } else {
             weights.packed[i] = math::pack(a, b, comptime!(config.products().format.unwrap()));
         }
-        if upper {
-            weights.upper_sum += sum;
-        } else {
-            weights.lower_sum += sum;
-        }
+        weights.count(sum, i);
     }
 }
 
@@ -105,18 +99,13 @@ pub(super) fn make_tile_weights(
     #[comptime] buffer: usize,
     #[comptime] config: LowBitConfig,
 ) {
-    let partial = is_partial(&*rows, keys, scalars, config.forward);
-    rows.raised = true;
-    if !partial {
-        let scores = read_scores(buffer, config);
-        make_weights(weights, &*rows, &scores, factor, config);
-        rows.raised = weights.exceed(comptime!(if config.fp8 { FP8_LARGEST } else { LARGEST }));
-    }
+    let scores = read_scores(buffer, config);
+    make_weights(weights, &*rows, &scores, factor, config);
+    let largest = comptime!(if config.fp8 { FP8_LARGEST } else { LARGEST });
+    rows.raised = must_be_made_again(&*weights, largest, &*rows, keys, scalars, config.forward);
     if rows.raised {
         let mut scores = read_scores(buffer, config);
-        if partial {
-            mask(&mut scores, &*rows, keys, lowest(), scalars, config.forward);
-        }
+        mask(&mut scores, &*rows, keys, lowest(), scalars, config.forward);
         // Maxima are base-2 logarithms here.
         rows.raise(&top_scores(&scores, factor, config), f32::new(1.0));
         make_weights(weights, &*rows, &scores, factor, config);

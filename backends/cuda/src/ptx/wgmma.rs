@@ -63,10 +63,11 @@ fn declare_text(p: Products) -> String {
 }
 
 /// A descriptor of a shared tile in boxes of 64 columns, whose rows are the contracted dimension's
-/// other side (K-major): 8 rows of 128 bytes lie 1024 bytes from the next 8.
+/// other side (K-major): 8 rows of 128 bytes lie 1024 bytes from the next 8. Addresses count 16 bytes, and
+/// have the 14 bits that shared memory needs.
 #[cube]
 pub(crate) fn descriptor(at: u32) -> u64 {
-    u64::cast_from((at & 0x3FFFF) >> 4) | comptime!((1u64 << 62) | (64u64 << 32) | (1u64 << 16))
+    u64::cast_from(at >> 4) | comptime!((1u64 << 62) | (64u64 << 32) | (1u64 << 16))
 }
 
 /// A descriptor of a shared tile in boxes of 64 columns, whose rows are contracted over (MN-major):
@@ -74,7 +75,7 @@ pub(crate) fn descriptor(at: u32) -> u64 {
 #[cube]
 pub(crate) fn descriptor_transposed(at: u32, #[comptime] rows: usize) -> u64 {
     let high = comptime!((1u64 << 62) | (64u64 << 32) | ((rows as u64 * 8) << 16));
-    u64::cast_from((at & 0x3FFFF) >> 4) | high
+    u64::cast_from(at >> 4) | high
 }
 
 /// Orders the registers before the products that follow.
