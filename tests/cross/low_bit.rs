@@ -40,7 +40,7 @@ fn run_all(
         };
         (plan, outputs)
     };
-    let plans = LowBitPlan::all(&problem, client.properties(), formats);
+    let plans = LowBitPlan::all(&problem, client.properties(), formats).unwrap();
     plans.into_iter().map(run).collect()
 }
 

@@ -100,13 +100,13 @@ pub fn low_bit_attention(
     formats: LowBitFormats,
 ) -> Result<AttentionOutput, Error> {
     let problem = AttentionProblem::new(q, k, v, options)?;
+    let plan = LowBitPlan::new(&problem, client.properties(), formats)?;
     let out = DeviceTensor::empty(client, problem.out_shape(), problem.dtype());
     let lse = DeviceTensor::empty(client, problem.lse_shape(), DType::F32);
     let outputs = ForwardOutputs {
         out: &out,
         lse: &lse,
     };
-    let plan = LowBitPlan::new(&problem, client.properties(), formats);
     plan.launch(client, &problem, ForwardInputs { q, k, v, list }, outputs)?;
     Ok(AttentionOutput { out, lse })
 }

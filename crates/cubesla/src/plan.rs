@@ -97,10 +97,7 @@ impl ForwardPlan {
             }
         }
         if plans.is_empty() {
-            return Err(ProblemError::NoPlan {
-                device: device.identity.name.clone(),
-                reason: reasons(&passed_over),
-            });
+            return Err(no_plan(device, &passed_over));
         }
         Ok(plans)
     }
@@ -220,6 +217,14 @@ fn write_passed_over(f: &mut fmt::Formatter<'_>, passed_over: &[(&str, &str)]) -
         return Ok(());
     }
     write!(f, " ({})", reasons(passed_over))
+}
+
+/// The error of a problem that no engine can run.
+fn no_plan(device: &DeviceProperties, passed_over: &[(&str, &str)]) -> ProblemError {
+    ProblemError::NoPlan {
+        device: device.identity.name.clone(),
+        reason: reasons(passed_over),
+    }
 }
 
 fn reasons(passed_over: &[(&str, &str)]) -> String {

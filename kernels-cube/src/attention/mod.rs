@@ -23,10 +23,9 @@ pub use backward::{
 };
 pub(crate) use backward::{WeightJob, WeightTerm};
 
-pub(crate) use low_bit::low_bit_tile;
 pub use low_bit::{
-    LowBitFormats, LowBitScores, LowBitValues, RoundedInputs, expect_low_bit, launch_low_bit,
-    rounded_inputs,
+    LowBitFormats, LowBitPlan, LowBitScores, LowBitValues, RoundedInputs, expect_low_bit,
+    launch_low_bit, rounded_inputs,
 };
 
 use std::fmt;

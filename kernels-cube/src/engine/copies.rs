@@ -8,12 +8,12 @@ use cubecl::prelude::*;
 
 /// Ends a group: all copies that the unit began since the last one, perhaps none.
 #[cube]
-pub(super) fn commit() {
+pub(crate) fn commit() {
     gpu_asm!("cp.async.commit_group;");
 }
 
 /// Waits until all of the unit's groups but the `newer` newest are complete.
 #[cube]
-pub(super) fn wait(#[comptime] newer: usize) {
+pub(crate) fn wait(#[comptime] newer: usize) {
     gpu_asm!("cp.async.wait_group {newer};", newer = const newer);
 }

@@ -16,13 +16,15 @@
 //! the two products are made. Algorithms reach elements of a fragment through [`Fragment`] only, so
 //! they never know which unit holds what.
 
-mod copies;
+mod codes;
+pub(crate) mod copies;
 mod mma;
 mod simt;
 mod stream;
 mod vectors;
 
-pub(crate) use mma::mma_supported;
+pub use codes::CodeEngine;
+pub(crate) use mma::{IntegerSums, IntegerTile, Sixteen, mma_codes_supported, mma_supported};
 pub use mma::{Mma, MmaTf32, mma_tile, mma_tiles};
 pub use simt::{Simt, simt_tile, simt_tiles};
 pub(crate) use simt::{simt_shared_memory, simt_supported};

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::Tile;
 use crate::linear::{FeatureMap, feature};
+use crate::quantize::{Format, number};
 
 /// Units that share a row.
 const LANES: usize = 8;
@@ -21,6 +22,43 @@ pub(crate) trait VectorRows: CubeType {
     fn read(&self, row: usize, vector: usize) -> Array<f32>;
     /// Replaces a vector's elements.
     fn write(&mut self, row: usize, vector: usize, values: &Array<f32>);
+}
+
+/// Writes the numbers of FP8 codes to the tile, before their scales: the first `rows` rows of `words` from
+/// row `first` on, and zeros. Vectors of words have no fewer codes than the tile's have elements.
+#[cube]
+pub(crate) fn load_numbers<R: VectorRows, W: Size>(
+    dst: &mut R,
+    words: &[Vector<u32, W>],
+    first: usize,
+    rows: u32,
+    #[comptime] tile: Tile,
+) {
+    let (tile_rows, size) = (dst.rows(), dst.size());
+    let vectors = dst.vectors();
+    let codes = W::value().comptime() * 4;
+    let chunks = comptime!(vectors * size / codes);
+    for step in 0..comptime!((tile_rows * chunks).div_ceil(tile.units)) {
+        let at = step * tile.units + UNIT_POS as usize;
+        if at < comptime!(tile_rows * chunks) {
+            let (row, chunk) = (at / chunks, at % chunks);
+            let mut bits = Vector::<u32, W>::new(0u32);
+            if (row as u32) < rows {
+                bits = words[(first + row) * chunks + chunk];
+            }
+            #[unroll]
+            for vector in 0..comptime!(codes / size) {
+                let mut values = Array::<f32>::new(size);
+                #[unroll]
+                for e in 0..size {
+                    let code = comptime!(vector * size + e);
+                    let word = bits.extract(comptime!(code / 4));
+                    values[e] = number(word, comptime!(code as u32 % 4), 0.0, Format::Fp8, false);
+                }
+                dst.write(row, chunk * comptime!(codes / size) + vector, &values);
+            }
+        }
+    }
 }
 
 /// Applies `phi` to the first `len` rows and sets the others to 0. Eight units share a row; they

@@ -93,6 +93,19 @@ fn encode_e4m3(x: f32, scale: f32) -> u32 {
     select(is_nan(magnitude(x)), 0x7F, code)
 }
 
+/// `x`, from 0 to 448 or NaN, as its e4m3 code at a scale of 1 stands for it.
+#[cube]
+pub(crate) fn round_e4m3(x: f32) -> f32 {
+    let bits = magnitude(x);
+    // As `encode_e4m3` has it, left in place.
+    let odd = (bits >> 20) & 1;
+    let normal = (bits + 0x7_FFFF + odd) & 0xFFF0_0000;
+    let multiple = u32::reinterpret(x * 512.0 + ROUNDER) - ROUNDER_BITS;
+    let subnormal = u32::reinterpret(f32::cast_from(multiple) * comptime!(1.0f32 / 512.0));
+    let rounded = select(bits < 0x3C80_0000, subnormal, normal);
+    f32::reinterpret(select(is_nan(bits), NAN, rounded))
+}
+
 /// The value of an e4m3 code.
 #[cube]
 fn decode_e4m3(code: u32) -> f32 {

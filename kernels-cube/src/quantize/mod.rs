@@ -17,7 +17,7 @@ mod convert;
 mod rows;
 mod scales;
 
-pub(crate) use codes::{code, is_nan, number};
+pub(crate) use codes::{code, is_nan, number, round_e4m3};
 pub use codes::{finite_magnitude, scale_of};
 pub use convert::{dequantize, fake_quantize, quantize};
 

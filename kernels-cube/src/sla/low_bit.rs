@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::SlaInputs;
-use crate::attention::{ForwardInputs, ForwardOutputs, LowBitFormats, launch_low_bit};
+use crate::attention::{ForwardInputs, ForwardOutputs, LowBitFormats, LowBitPlan, launch_low_bit};
 use crate::{AttentionProblem, DType, DeviceTensor, ProblemError};
 
 /// Arithmetic of the sparse branch.
@@ -52,6 +52,7 @@ pub(super) fn sparse_branch(
     launch_low_bit(
         client,
         problem,
+        &LowBitPlan::fastest(problem, client.properties(), formats)?,
         ForwardInputs {
             q,
             k,

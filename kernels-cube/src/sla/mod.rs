@@ -34,7 +34,7 @@ use forward::{
 };
 use low_bit::{SparseBranch, sparse_branch};
 
-use crate::attention::low_bit_tile;
+use crate::attention::{LowBitPlan, expect_low_bit};
 use crate::engine::{EngineKind, Mma, MmaTf32, Simt, Tile, TileEngine, TileNeeds};
 use crate::limits::{expect_bindings, expect_dtype, expect_loop_budget, grid};
 use crate::linear::{Chunks, FeatureMap, States, feature_rows, state_scale, states, tile_of};
@@ -161,7 +161,9 @@ pub fn sla_forward(
     expect_bindings(client.properties(), "sparse-linear attention", 16)?;
     let formats = precision.formats();
     if let Some(formats) = formats {
-        low_bit_tile(client, problem, critical, formats)?;
+        expect_low_bit(problem)?;
+        let plan = LowBitPlan::fastest(problem, client.properties(), formats)?;
+        plan.expect_device(client, problem, critical)?;
     }
     let (form, second) = match mode {
         LinearMode::Global => (LinearForm::Global, None),

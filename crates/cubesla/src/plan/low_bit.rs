@@ -7,7 +7,7 @@ use cubecl::ir::DeviceProperties;
 use cubesla_kernels::attention::{self, ForwardInputs, ForwardOutputs, LowBitFormats};
 use cubesla_kernels::{AttentionProblem, ProblemError};
 
-use super::write_passed_over;
+use super::{no_plan, write_passed_over};
 
 /// How block-sparse attention in low bits is run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,40 +26,67 @@ pub enum LowBitEngine {
     /// Hopper's warpgroup products and bulk copies.
     #[cfg(feature = "cuda")]
     Wgmma(cubesla_cuda::low_bit::WgmmaLowBitPlan),
-    /// The portable kernel.
-    Tile,
+    /// The portable kernel, on warp-level tensor cores or without any.
+    Tile(attention::LowBitPlan),
 }
+
+type Candidate =
+    fn(&AttentionProblem, &DeviceProperties, LowBitFormats) -> Result<LowBitEngine, &'static str>;
+
+/// Engines by name, fastest first.
+const ENGINES: &[(&str, Candidate)] = &[
+    #[cfg(feature = "cuda")]
+    ("wgmma", |problem, device, formats| {
+        cubesla_cuda::low_bit::WgmmaLowBitPlan::new(problem, device, formats)
+            .map(LowBitEngine::Wgmma)
+    }),
+    ("mma", |problem, device, formats| {
+        attention::LowBitPlan::mma(problem, device, formats).map(LowBitEngine::Tile)
+    }),
+    ("simt", |problem, device, formats| {
+        attention::LowBitPlan::simt(problem, device, formats).map(LowBitEngine::Tile)
+    }),
+];
 
 impl LowBitPlan {
     /// The plan for `problem` on a device.
+    ///
+    /// # Errors
+    /// [`ProblemError::NoPlan`] with every engine's reason, if none can run the problem.
     pub fn new(
         problem: &AttentionProblem,
         device: &DeviceProperties,
         formats: LowBitFormats,
-    ) -> Self {
-        Self::all(problem, device, formats).swap_remove(0)
+    ) -> Result<Self, ProblemError> {
+        Self::all(problem, device, formats).map(|mut plans| plans.swap_remove(0))
     }
 
-    /// A plan for every engine that may run `problem`, fastest first: for comparing engines.
-    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    /// A plan for every engine that can run `problem`, fastest first: for comparing engines.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
     pub fn all(
         problem: &AttentionProblem,
         device: &DeviceProperties,
         formats: LowBitFormats,
-    ) -> Vec<Self> {
-        let plan = |engine, passed_over| Self {
-            engine,
-            formats,
-            passed_over,
-        };
-        let portable = plan(LowBitEngine::Tile, Vec::new());
-        #[cfg(feature = "cuda")]
-        return match cubesla_cuda::low_bit::WgmmaLowBitPlan::new(problem, device, formats) {
-            Ok(hopper) => vec![plan(LowBitEngine::Wgmma(hopper), Vec::new()), portable],
-            Err(reason) => vec![plan(LowBitEngine::Tile, vec![("wgmma", reason)])],
-        };
-        #[cfg(not(feature = "cuda"))]
-        vec![portable]
+    ) -> Result<Vec<Self>, ProblemError> {
+        attention::expect_low_bit(problem)?;
+        let mut plans = Vec::new();
+        let mut passed_over = Vec::new();
+        for (name, candidate) in ENGINES {
+            match candidate(problem, device, formats) {
+                Ok(engine) => plans.push(Self {
+                    engine,
+                    formats,
+                    passed_over: passed_over.clone(),
+                }),
+                Err(reason) => passed_over.push((*name, reason)),
+            }
+        }
+        if plans.is_empty() {
+            return Err(no_plan(device, &passed_over));
+        }
+        Ok(plans)
     }
 
     /// Runs the plan. Nothing is launched if an argument is refused.
@@ -80,8 +107,8 @@ impl LowBitPlan {
                 cubesla_cuda::low_bit::launch_low_bit_wgmma(client, problem, plan, inputs, outputs);
                 Ok(())
             }
-            LowBitEngine::Tile => {
-                attention::launch_low_bit(client, problem, inputs, outputs, self.formats)
+            LowBitEngine::Tile(plan) => {
+                attention::launch_low_bit(client, problem, plan, inputs, outputs, self.formats)
             }
         }
     }
@@ -92,7 +119,7 @@ impl fmt::Display for LowBitPlan {
         match &self.engine {
             #[cfg(feature = "cuda")]
             LowBitEngine::Wgmma(plan) => write!(f, "{plan}")?,
-            LowBitEngine::Tile => write!(f, "portable")?,
+            LowBitEngine::Tile(plan) => write!(f, "{plan}")?,
         }
         write_passed_over(f, &self.passed_over)
     }

@@ -2,11 +2,10 @@
 
 use cubecl::prelude::*;
 
-use super::tile::{CodeTile, load_four, load_numbers};
-use crate::block_list::{BlockListView, KeyWalk, Walk, WalkExpand};
+use crate::block_list::{BlockListView, KeyWalk, Span, Walk, WalkExpand};
 use crate::engine::*;
 use crate::mask::{TileWindow, scale_and_mask};
-use crate::quantize::{Format, code, number};
+use crate::quantize::{Format, round_e4m3};
 use crate::rows::{RowRange, RowTarget, store_rows};
 use crate::softmax::OnlineSoftmax;
 
@@ -41,15 +40,15 @@ pub(super) struct LowBitScalars {
 ///
 /// Grid: x = tiles of query rows, y = query head, z = batch.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn low_bit_forward<F: Float, N: Size, V: Size>(
+pub(super) fn low_bit_forward<E: CodeEngine<F>, F: Float, N: Size, V: Size, W: Size>(
     q: &Tensor<Vector<F, N>>,
-    q_words: &[u32],
+    q_words: &[Vector<u32, W>],
     q_scales: &[f32],
-    k_words: &[u32],
+    k_words: &[Vector<u32, W>],
     k_scales: &[f32],
     k_mean: &[f32],
     v: &Tensor<Vector<F, N>>,
-    v_words: &[u32],
+    v_words: &[Vector<u32, W>],
     v_scales: &[f32],
     list: &BlockListView,
     out: &mut [Vector<F, V>],
@@ -73,13 +72,13 @@ pub(super) fn low_bit_forward<F: Float, N: Size, V: Size>(
     let end_query = min((query_block + 1) * block_q, q.shape(2) as u32);
 
     if first_query < end_query {
-        let mut q_tile = CodeTile::new(tile.rows, config.head_dim, config.scores, tile);
-        let mut k_tile = CodeTile::new(tile.cols, config.head_dim, config.scores, tile);
-        let mut v_tile = <Simt as TileEngine<f32>>::operand(tile.cols, config.value_dim, tile);
-        let mut weights = <Simt as TileEngine<f32>>::left(tile);
-        let mut scratch = <Simt as TileEngine<f32>>::scratch(tile);
-        let mut scores = <Simt as TileEngine<f32>>::scores(tile);
-        let mut acc = <Simt as TileEngine<f32>>::accumulator(config.value_dim, tile);
+        let mut q_tile = E::codes(tile.rows, config.head_dim, config.scores, tile);
+        let mut k_tile = E::codes(tile.cols, config.head_dim, config.scores, tile);
+        let mut v_tile = E::operand(tile.cols, config.value_dim, tile);
+        let mut weights = E::left(tile);
+        let mut scratch = E::scratch(tile);
+        let mut scores = E::scores(tile);
+        let mut acc = E::accumulator(config.value_dim, tile);
         let mut softmax = OnlineSoftmax::new(acc.rows());
 
         let mut row = list.row(head_index as u32, query_block);
@@ -97,41 +96,32 @@ pub(super) fn low_bit_forward<F: Float, N: Size, V: Size>(
         };
         let first_row = head_index * q.shape(2) + first_query as usize;
         let rows = end_query - first_query;
-        q_tile.load(q_words, first_row, rows);
+        E::begin_codes::<W>(&mut q_tile, q_words, first_row, rows, tile);
         let q_scale = q_scales[head_index * scalars.query_blocks as usize + query_block as usize];
 
-        for t in 0..walk.tiles() {
+        let tiles = walk.tiles();
+        let first_key_row = kv_index * key_len as usize;
+        if tiles > 0 {
+            let keys = walk.tile(list, 0);
+            let row = first_key_row + keys.first as usize;
+            E::begin_codes::<W>(&mut k_tile, k_words, row, live_rows(keys), tile);
+        }
+        for t in 0..tiles {
             let keys = walk.tile(list, t);
-            let live = max(keys.end, keys.first) - keys.first;
-            let key_row = kv_index * key_len as usize + keys.first as usize;
-            // The last tile may still be being read.
+            // The last tile of values may still be being read.
             sync_cube();
-            k_tile.load(k_words, key_row, live);
             if config.fp8 {
-                let width = comptime!(config.value_dim / 4);
-                load_numbers(
-                    &mut v_tile,
-                    v_words,
-                    key_row,
-                    live,
-                    tile.cols,
-                    width,
-                    tile.units,
-                );
+                let row = first_key_row + keys.first as usize;
+                E::load_numbers::<W>(&mut v_tile, v_words, row, live_rows(keys), tile);
+                E::await_loads(0usize);
             } else {
                 let range = RowRange::new::<F, N>(v, batch, kv_head, keys.first, keys.end);
-                load_four::<F, N>(
-                    &mut v_tile,
-                    v,
-                    range,
-                    tile.cols,
-                    config.value_dim,
-                    tile.units,
-                );
+                E::begin_load::<N>(&mut v_tile, v, range, tile);
+                // Values may still be on their way.
+                E::await_loads(1usize);
             }
-            sync_cube();
 
-            q_tile.scores(&mut scores, &k_tile);
+            E::mul_codes(&mut scores, &q_tile, &k_tile);
             let key_block = keys.first / comptime!(config.block_k as u32);
             let at = kv_index * scalars.key_blocks as usize + key_block as usize;
             let window = TileWindow {
@@ -141,29 +131,29 @@ pub(super) fn low_bit_forward<F: Float, N: Size, V: Size>(
                 causal_shift: scalars.causal_shift,
             };
             let scale = scalars.scale * q_scale * k_scales[at];
-            scale_and_mask::<<Simt as TileEngine<f32>>::Fragment>(
-                &mut scores,
-                window,
-                scale,
-                config.causal,
-            );
-            softmax.step::<f32, Simt>(&mut scores, &mut acc, &mut scratch, tile);
+            scale_and_mask::<E::Fragment>(&mut scores, window, scale, config.causal);
+            softmax.step::<F, E>(&mut scores, &mut acc, &mut scratch, tile);
             if config.fp8 {
                 #[unroll]
                 for r in 0..scores.rows() {
                     #[unroll]
                     for c in 0..scores.cols() {
-                        let bits = code(scores.get(r, c) * 448.0, 1.0, 0.0, Format::Fp8, false);
-                        scores.set(r, c, number(bits, 0, 0.0, Format::Fp8, false));
+                        scores.set(r, c, round_e4m3(scores.get(r, c) * 448.0));
                     }
                 }
             }
-            <Simt as TileEngine<f32>>::stage(&mut weights, &scores);
-            sync_cube();
-            <Simt as TileEngine<f32>>::mul_nn(&mut acc, &weights, &v_tile);
+            E::stage(&mut weights, &scores);
+            E::await_loads(0usize);
+            if t + 1 < tiles {
+                // No unit reads keys any more: the next come beside the product with the values.
+                let keys = walk.tile(list, t + 1);
+                let row = first_key_row + keys.first as usize;
+                E::begin_codes::<W>(&mut k_tile, k_words, row, live_rows(keys), tile);
+            }
+            E::mul_nn(&mut acc, &weights, &v_tile);
         }
 
-        softmax.finish::<f32, Simt>(&mut acc, &mut scratch, tile);
+        softmax.finish::<F, E>(&mut acc, &mut scratch, tile);
         if config.fp8 {
             #[unroll]
             for c in 0..acc.cols() {
@@ -182,12 +172,7 @@ pub(super) fn low_bit_forward<F: Float, N: Size, V: Size>(
             first_column: 0,
             end_column: comptime!(config.value_dim as u32),
         };
-        store_rows::<F, V, <Simt as TileEngine<f32>>::Fragment>(
-            out,
-            &acc,
-            target,
-            config.value_dim,
-        );
+        store_rows::<F, V, E::Fragment>(out, &acc, target, config.value_dim);
         #[unroll]
         for r in 0..acc.rows() {
             if acc.col(0usize) == 0 && acc.row(r) < rows {
@@ -209,4 +194,10 @@ pub(super) fn low_bit_forward<F: Float, N: Size, V: Size>(
             }
         }
     }
+}
+
+/// Keys of a tile that exist.
+#[cube]
+fn live_rows(keys: Span) -> u32 {
+    max(keys.end, keys.first) - keys.first
 }

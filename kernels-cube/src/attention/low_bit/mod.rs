@@ -11,25 +11,31 @@
 //! Sources: SageAttention2++ (arXiv 2505.21136), SLA2 (arXiv 2602.12675). The log-sum-exp is that of
 //! the smoothed scores plus `scale Q mean(K)^T`, so that it is the one of the scores themselves.
 //!
-//! Supported: what block-sparse attention supports, on the portable engine.
+//! Supported: what block-sparse attention supports, on the portable engine; in 16 bits also on warp-level
+//! tensor cores, where head dimensions are multiples of 16.
 //! Rejected, with a [`ProblemError`]: what [`AttentionProblem`] rejects; a list of another shape; wide
 //! heads for which no tile fits the shared memory.
 
 mod forward;
 mod prepare;
 mod rounded;
-mod tile;
 mod values;
 
 pub use rounded::{RoundedInputs, rounded_inputs};
 
+use std::fmt;
+
+use cubecl::ir::DeviceProperties;
 use cubecl::prelude::*;
 use forward::{LowBitConfig, LowBitScalarsLaunch, low_bit_forward};
 use prepare::{mean_key, quantize_blocks};
 use values::quantize_values;
 
-use crate::engine::{Tile, TileNeeds, no_tile, simt_tile};
-use crate::limits::{expect_bindings, expect_dtype, expect_loop_budget, grid};
+use crate::engine::{
+    CodeEngine, EngineKind, Mma, Simt, Tile, TileNeeds, mma_codes_supported, mma_tile, no_tile,
+    simt_tile,
+};
+use crate::limits::{expect_bindings, expect_loop_budget, grid};
 use crate::quantize::Format;
 use crate::{AttentionProblem, BlockList, Causal, DType, DeviceTensor, ProblemError};
 
@@ -102,27 +108,100 @@ pub fn expect_low_bit(problem: &AttentionProblem) -> Result<(), ProblemError> {
     problem.refuse_tf32("low-bit attention")
 }
 
-/// The tile that runs low-bit attention over `list` on the client's device.
-///
-/// # Errors
-/// [`ProblemError::NoPlan`] if none fits the shared memory; and for a device that binds too few buffers,
-/// or would leave loops early.
-pub(crate) fn low_bit_tile(
-    client: &Client,
-    problem: &AttentionProblem,
-    list: &BlockList,
-    formats: LowBitFormats,
-) -> Result<Tile, ProblemError> {
-    expect_low_bit(problem)?;
-    let device = client.properties();
-    expect_bindings(device, "low-bit attention", 13)?;
+/// How low-bit attention is run: the engine and its sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LowBitPlan {
+    engine: EngineKind,
+    tile: Tile,
+}
+
+impl LowBitPlan {
+    /// The plan for warp-level tensor cores: INT8 by products of INT8, FP8 by those of 16 bits.
+    ///
+    /// # Errors
+    /// Why they cannot run the problem on the device, in a few words.
+    pub fn mma(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+        formats: LowBitFormats,
+    ) -> Result<Self, &'static str> {
+        let factors = problem.factors();
+        mma_codes_supported(formats.scores.format(), problem.head_dim(), factors, device)?;
+        if formats.values == LowBitValues::Fp8 {
+            mma_codes_supported(Format::Fp8, problem.value_dim(), factors, device)?;
+        }
+        // Codes take half the room of 16 bits.
+        let tile = mma_tile(&needs(problem, formats, 2), factors, device)?;
+        Ok(Self {
+            engine: EngineKind::Mma,
+            tile,
+        })
+    }
+
+    /// The plan for the portable engine.
+    ///
+    /// # Errors
+    /// Why it cannot run the problem on the device, in a few words.
+    pub fn simt(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+        formats: LowBitFormats,
+    ) -> Result<Self, &'static str> {
+        // Codes take a quarter of the room of f32.
+        let tile = simt_tile(&needs(problem, formats, 4), &device.hardware)
+            .ok_or("no tile of these head dimensions fits the shared memory")?;
+        Ok(Self {
+            engine: EngineKind::Simt,
+            tile,
+        })
+    }
+
+    /// The fastest of them.
+    ///
+    /// # Errors
+    /// [`ProblemError::NoPlan`] if none can run the problem.
+    pub(crate) fn fastest(
+        problem: &AttentionProblem,
+        device: &DeviceProperties,
+        formats: LowBitFormats,
+    ) -> Result<Self, ProblemError> {
+        Self::mma(problem, device, formats)
+            .or_else(|_| Self::simt(problem, device, formats))
+            .map_err(|_| no_tile(device))
+    }
+
+    /// An error if the device would leave the loops of this plan early, or binds too few buffers.
+    ///
+    /// # Errors
+    /// A [`ProblemError`] that says so.
+    pub(crate) fn expect_device(
+        &self,
+        client: &Client,
+        problem: &AttentionProblem,
+        list: &BlockList,
+    ) -> Result<(), ProblemError> {
+        let device = client.properties();
+        expect_bindings(device, "low-bit attention", 13)?;
+        let iterations = loop_iterations(problem, self.tile, list);
+        expect_loop_budget(device, "low-bit attention", iterations)?;
+        prepare::expect_budget(client, problem)
+    }
+}
+
+impl fmt::Display for LowBitPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.engine, self.tile)
+    }
+}
+
+/// What a tile program needs whose elements have the room of `codes` codes.
+fn needs(problem: &AttentionProblem, formats: LowBitFormats, codes: usize) -> TileNeeds {
     let (d, dv) = (problem.head_dim(), problem.value_dim());
     let width = match formats.scores {
-        // A row of words takes a quarter of its elements' room.
-        LowBitScores::Int8 => d / 4,
+        LowBitScores::Int8 => d / codes,
         LowBitScores::Fp8 => d,
     };
-    let needs = TileNeeds {
+    TileNeeds {
         owned: vec![width],
         streamed: vec![width, dv],
         accumulators: vec![dv],
@@ -131,12 +210,7 @@ pub(crate) fn low_bit_tile(
         max_cols: problem.block_k(),
         max_stages: 1,
         unit_bytes: 0,
-    };
-    let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| no_tile(device))?;
-    let iterations = loop_iterations(problem, tile, list);
-    expect_loop_budget(device, "low-bit attention", iterations)?;
-    prepare::expect_budget(client, problem)?;
-    Ok(tile)
+    }
 }
 
 /// Runs low-bit block-sparse attention. Nothing is launched if an argument is refused.
@@ -146,15 +220,49 @@ pub(crate) fn low_bit_tile(
 pub fn launch_low_bit(
     client: &Client,
     problem: &AttentionProblem,
+    plan: &LowBitPlan,
     inputs: ForwardInputs<'_>,
     outputs: ForwardOutputs<'_>,
     formats: LowBitFormats,
 ) -> Result<(), ProblemError> {
     check_forward(client, problem, &inputs, &outputs)?;
+    expect_low_bit(problem)?;
+    plan.expect_device(client, problem, inputs.list)?;
+    match plan.engine {
+        EngineKind::Simt => launch::<Simt>(
+            client,
+            problem,
+            plan.tile,
+            inputs,
+            outputs,
+            formats,
+            [4, 4, 1],
+        ),
+        EngineKind::Mma | EngineKind::MmaTf32 => launch::<Mma>(
+            client,
+            problem,
+            plan.tile,
+            inputs,
+            outputs,
+            formats,
+            [8, 2, 4],
+        ),
+    }
+}
+
+/// Launches the kernel with engine `E`, which loads vectors of `load` elements where rows are
+/// aligned, stores vectors of `store`, and loads vectors of `words` words of codes.
+fn launch<E: CodeEngine<low_bit_forward::F>>(
+    client: &Client,
+    problem: &AttentionProblem,
+    tile: Tile,
+    inputs: ForwardInputs<'_>,
+    outputs: ForwardOutputs<'_>,
+    formats: LowBitFormats,
+    [load, store, words]: [usize; 3],
+) -> Result<(), ProblemError> {
     let ForwardInputs { q, k, v, list } = inputs;
     let device = client.properties();
-    expect_dtype(device, problem.dtype())?;
-    let tile = low_bit_tile(client, problem, list, formats)?;
     let tiles = problem.query_blocks() * problem.block_q().div_ceil(tile.rows);
     let grid = grid(
         device,
@@ -180,17 +288,18 @@ pub fn launch_low_bit(
         None => (nothing(), nothing()),
     };
     let extent = q.extent().max(v.extent()).max(outputs.out.extent());
-    let load = if problem.is_aligned() { 4 } else { 1 };
+    let load = if problem.is_aligned() { load } else { 1 };
     // SAFETY: the problem was validated against the tensors, whose buffers hold their shapes; the
     // kernel masks the rows and keys past the ends.
     unsafe {
-        low_bit_forward::launch_unchecked(
+        low_bit_forward::launch_unchecked::<E>(
             client,
             grid,
             CubeDim::new_1d(tile.units as u32),
             AddressType::from_len(extent),
             load,
-            4,
+            store,
+            words,
             q.tensor_arg(),
             queries.words,
             queries.scales,

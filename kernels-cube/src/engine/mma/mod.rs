@@ -7,6 +7,7 @@
 //! product as they lie. Shared tiles keep the element type, a vector of padding a row, and are filled
 //! with asynchronous copies, a group to a load. How elements become factors is up to [`Factors`].
 
+mod codes;
 mod factors;
 mod fragment;
 mod half;
@@ -14,11 +15,12 @@ mod operand;
 mod sizes;
 mod tf32;
 
+pub(crate) use codes::{IntegerSums, IntegerTile, Sixteen};
 pub use factors::{Factors, Order};
 pub use fragment::MmaFragment;
 pub use half::Half;
 pub use operand::MmaOperand;
-pub(crate) use sizes::mma_supported;
+pub(crate) use sizes::{mma_codes_supported, mma_supported};
 pub use sizes::{mma_tile, mma_tiles};
 pub use tf32::Tf32;
 

@@ -1,11 +1,12 @@
 //! Sizes of tile programs, and which devices can run them.
 
 use cubecl::features::MmaConfig;
-use cubecl::ir::{DeviceProperties, ElemType, FloatKind};
+use cubecl::ir::{DeviceProperties, ElemType, FloatKind, IntKind};
 
 use super::operand::pitch;
 use crate::FactorType;
 use crate::engine::{Tile, TileNeeds};
+use crate::quantize::Format;
 
 /// Whether the device can multiply factors of this type, or why not.
 pub(crate) fn mma_supported(
@@ -46,6 +47,33 @@ pub(crate) fn mma_supported(
     }
     if !device.features.copy_async {
         return Err("the device has no asynchronous copies to shared memory");
+    }
+    Ok(())
+}
+
+/// Whether the device can multiply rows of `dim` codes of this format beside factors of this type, or why
+/// not.
+pub(crate) fn mma_codes_supported(
+    format: Format,
+    dim: usize,
+    factors: FactorType,
+    device: &DeviceProperties,
+) -> Result<(), &'static str> {
+    mma_supported(factors, device)?;
+    if !dim.is_multiple_of(16) {
+        return Err("rows of codes are not whole vectors of 16 bytes");
+    }
+    let int8 = ElemType::Int(IntKind::I8);
+    let config = MmaConfig {
+        a_type: int8,
+        b_type: int8,
+        cd_type: ElemType::Int(IntKind::I32),
+        m: 16,
+        n: 8,
+        k: 32,
+    };
+    if format == Format::Int8 && !device.features.matmul.mma.contains(&config) {
+        return Err("the device has no 16x8x32 product of INT8");
     }
     Ok(())
 }

@@ -5,6 +5,7 @@
 //! eight read eight neighbouring vectors of a shared tile. Tiles are kept as f32 vectors of four
 //! with one vector of padding a row, which keeps the eight rows of a `mul_nt` in different banks.
 
+mod codes;
 mod memory;
 mod sizes;
 

@@ -119,6 +119,7 @@ impl Work for LowBit {
 
     fn plan(&self) -> Option<String> {
         let device = self.client.properties();
-        Some(LowBitPlan::new(&self.problem, device, self.formats).to_string())
+        let plan = LowBitPlan::new(&self.problem, device, self.formats).ok()?;
+        Some(plan.to_string())
     }
 }
