@@ -5,7 +5,8 @@
 //!
 //! | activations | weights | kernel |
 //! |---|---|---|
-//! | INT8 | INT8 | `integer`: exact 32-bit sums of products of words, scaled in f32 |
+//! | INT8 | INT8 | `integer_mma`: warp-level tensor cores, exact 32-bit sums, scaled in f32 |
+//! | INT8 | INT8 | `integer`: the same by products of words, where there are none or groups are short |
 //! | f32, f16, bf16, and other low-bit formats, decoded once | any | `decoded`: f32 products of tiles decoded into shared memory |
 //! | f16, bf16, at most 64 rows | any | `mma`: warp-level tensor cores, weights decoded in registers |
 //! | the same as `decoded`, at most four rows | any | `rows`: no tiles, weights read once |
@@ -18,6 +19,7 @@
 
 mod decoded;
 mod integer;
+mod integer_mma;
 mod mma;
 mod problem;
 mod rows;
@@ -124,7 +126,11 @@ pub fn quantized_matmul<const R: usize>(
         out: out.buffer_arg(),
         dtype,
     };
-    integer::launch(client, x, product)?;
+    if integer_mma::takes(client.properties(), x, w) {
+        integer_mma::launch(client, x, product)?;
+    } else {
+        integer::launch(client, x, product)?;
+    }
     Ok(out)
 }
 

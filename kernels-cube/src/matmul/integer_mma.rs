@@ -1,0 +1,362 @@
+//! INT8 by INT8 on warp-level tensor cores: 16x8x32 products of words as they lie, in integers.
+//!
+//! A ring of shared tiles is filled with asynchronous copies while the oldest is multiplied. Scales that
+//! change along the sum are applied where they change.
+
+use cubecl::ir::DeviceProperties;
+use cubecl::prelude::*;
+
+use super::Product;
+use super::integer::step;
+use crate::engine::{IntegerSums, IntegerTile, Sixteen, copies, mma_codes_supported};
+use crate::limits::{expect_loop_budget, grid};
+use crate::quantize::{Format, QuantizedTensor, Regions};
+use crate::{DType, FactorType, ProblemError};
+
+/// Tiles in shared memory at once.
+const STAGES: usize = 3;
+
+/// What the kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct IntegerMmaConfig {
+    /// Times 16 rows of the result that a warp holds.
+    left: usize,
+    /// Times 16 columns.
+    right: usize,
+    /// Warps that share columns.
+    down: usize,
+    /// Warps that share rows.
+    across: usize,
+    /// Vectors of 16 codes of a row of a shared tile.
+    depth: usize,
+    /// Whether scales change along the sum.
+    grouped: bool,
+    bias: bool,
+}
+
+impl IntegerMmaConfig {
+    /// Few rows leave no use for a tall tile; narrow ones are more cubes, and deep ones more bytes on
+    /// their way.
+    fn new(rows: usize, grouped: bool, bias: bool) -> Self {
+        let (left, right, down, across, depth) = match rows {
+            0..=32 => (1, 1, 1, 4, 8),
+            _ => (2, 4, 4, 2, 4),
+        };
+        Self {
+            left,
+            right,
+            down,
+            across,
+            depth,
+            grouped,
+            bias,
+        }
+    }
+
+    /// Rows of a cube's tile.
+    fn rows(self) -> usize {
+        16 * self.left * self.down
+    }
+
+    /// Columns of a cube's tile.
+    fn columns(self) -> usize {
+        16 * self.right * self.across
+    }
+
+    fn units(self) -> usize {
+        32 * self.down * self.across
+    }
+
+    /// Sums of 8 columns of a warp, of all its rows.
+    fn sums(self) -> usize {
+        2 * self.left * self.right
+    }
+
+    /// Bytes of shared memory, with a vector of padding to a row.
+    fn shared_memory(self) -> usize {
+        STAGES * (self.rows() + self.columns()) * (self.depth + 1) * 16
+    }
+}
+
+/// Scalar arguments.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct IntegerMmaScalars {
+    /// M.
+    rows: u32,
+    /// N.
+    columns: u32,
+    /// Vectors of a row of either operand.
+    pitch: u32,
+    /// Shared tiles that share their scales.
+    tiles: u32,
+}
+
+/// Codes after which scales change, and the configuration.
+fn plan<const R: usize>(
+    x: &QuantizedTensor<R>,
+    w: &QuantizedTensor<2>,
+    bias: bool,
+) -> Result<(usize, IntegerMmaConfig), ProblemError> {
+    let [rows, len] = x.matrix();
+    let step = step(
+        x.granularity().region(x.matrix())[1],
+        w.granularity().region(w.matrix())[1],
+        len,
+    )?;
+    Ok((step, IntegerMmaConfig::new(rows, step < len, bias)))
+}
+
+/// Whether the kernel takes these operands.
+pub(super) fn takes<const R: usize>(
+    device: &DeviceProperties,
+    x: &QuantizedTensor<R>,
+    w: &QuantizedTensor<2>,
+) -> bool {
+    let supported = mma_codes_supported(Format::Int8, 16, FactorType::F16, device).is_ok();
+    let fits = |(step, config): (usize, IntegerMmaConfig)| {
+        (!config.grouped || step.is_multiple_of(16 * config.depth))
+            && config.shared_memory() <= device.hardware.max_shared_memory_size
+    };
+    supported && w.words_per_row().is_multiple_of(4) && plan(x, w, false).is_ok_and(fits)
+}
+
+pub(super) fn launch<const R: usize>(
+    client: &Client,
+    x: &QuantizedTensor<R>,
+    product: Product<'_>,
+) -> Result<(), ProblemError> {
+    let [rows, columns, len] = product.size;
+    let w = product.w;
+    let (step, config) = plan(x, w, product.bias.is_some())?;
+    let device = client.properties();
+    let tiles = len.div_ceil(16 * config.depth);
+    expect_loop_budget(device, "an INT8 product", tiles)?;
+    let grid = grid(
+        device,
+        [
+            ("tiles of columns", columns.div_ceil(config.columns())),
+            ("tiles of rows", rows.div_ceil(config.rows())),
+            ("", 1),
+        ],
+    )?;
+    // SAFETY: vectors past the ends read as 0, and results past them are not stored.
+    unsafe {
+        integer_matmul_mma::launch_unchecked(
+            client,
+            grid,
+            CubeDim::new_1d(config.units() as u32),
+            AddressType::from_len((rows * columns).max(rows.max(columns) * w.words_per_row())),
+            x.words_arg(),
+            x.scales().buffer_arg(),
+            w.words_arg(),
+            w.scales().buffer_arg(),
+            product.bias_arg(),
+            product.out,
+            x.regions(),
+            w.regions(),
+            IntegerMmaScalarsLaunch::new(
+                rows as u32,
+                columns as u32,
+                w.words_per_row() as u32 / 4,
+                step.div_ceil(16 * config.depth) as u32,
+            ),
+            config,
+            DType::elem_type(product.dtype),
+        );
+    }
+    Ok(())
+}
+
+/// One cube computes a tile of the result.
+///
+/// Grid: x = tiles of columns, y = tiles of rows.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn integer_matmul_mma<F: Float>(
+    x: &[Sixteen],
+    x_scales: &[f32],
+    w: &[Sixteen],
+    w_scales: &[f32],
+    bias: &[f32],
+    out: &mut [F],
+    x_regions: Regions,
+    w_regions: Regions,
+    scalars: IntegerMmaScalars,
+    #[comptime] config: IntegerMmaConfig,
+    #[define(F)] _dtype: ElemType,
+) {
+    let warp = UNIT_POS / 32;
+    let first_row = CUBE_POS_Y * comptime!(config.rows() as u32);
+    let first_column = CUBE_POS_X * comptime!(config.columns() as u32);
+    // The warp's own part of the tile.
+    let row = warp % comptime!(config.down as u32) * comptime!(16 * config.left as u32);
+    let column = warp / comptime!(config.down as u32) * comptime!(16 * config.right as u32);
+    let own = Own {
+        row: first_row + row + UNIT_POS_PLANE / 4,
+        column: first_column + column + UNIT_POS_PLANE % 4 * 2,
+    };
+
+    let mut ring = Ring::new(first_row, first_column, scalars, config);
+    let mut exact = IntegerSums::zeros(config.sums());
+    let mut totals = Array::<f32>::new(comptime!(if config.grouped {
+        4 * config.sums()
+    } else {
+        1
+    }));
+    #[unroll]
+    for i in 0..comptime!(if config.grouped { 4 * config.sums() } else { 1 }) {
+        totals[i] = 0.0;
+    }
+
+    let tiles = scalars.pitch.div_ceil(comptime!(config.depth as u32));
+    #[unroll]
+    for t in 0..comptime!(STAGES as u32 - 1) {
+        ring.begin(x, w, t, config);
+    }
+    for t in 0..tiles {
+        copies::wait(comptime!(STAGES - 2));
+        // Also: every unit is done with the tile that the next copies go to.
+        sync_cube();
+        ring.begin(x, w, t + comptime!(STAGES as u32 - 1), config);
+        ring.turn(t);
+        #[unroll]
+        for step in 0..comptime!(config.depth / 2) {
+            let mut lefts = Sequence::<Array<Vector<i8, Const<4>>>>::new();
+            #[unroll]
+            for i in 0..config.left {
+                lefts.push(ring.x.left(row as usize + comptime!(16 * i), step));
+            }
+            #[unroll]
+            for j in 0..config.right {
+                let right = ring.w.right(column as usize + comptime!(16 * j), step);
+                #[unroll]
+                for i in 0..config.left {
+                    let first = comptime!(2 * (i * config.right + j));
+                    exact.add(lefts.index(i), &right, first);
+                }
+            }
+        }
+        if comptime!(config.grouped) {
+            if (t + 1) % scalars.tiles == 0 || t + 1 == tiles {
+                let element = t * comptime!(16 * config.depth as u32);
+                #[unroll]
+                for i in 0..comptime!(4 * config.sums()) {
+                    let (row, column) = own.place(i, config);
+                    let scale = x_scales[x_regions.index(min(row, scalars.rows - 1), element)]
+                        * w_scales[w_regions.index(min(column, scalars.columns - 1), element)];
+                    let pair = exact.pair(comptime!(i / 4), comptime!(i / 2 % 2));
+                    totals[i] += pair.extract(comptime!(i % 2)) * scale;
+                }
+                exact.clear();
+            }
+        }
+    }
+
+    #[unroll]
+    for i in 0..comptime!(4 * config.sums()) {
+        let (row, column) = own.place(i, config);
+        if row < scalars.rows && column < scalars.columns {
+            let mut sum = totals[comptime!(if config.grouped { i } else { 0 })];
+            if comptime!(!config.grouped) {
+                let pair = exact.pair(comptime!(i / 4), comptime!(i / 2 % 2));
+                let scale =
+                    x_scales[x_regions.index(row, 0)] * w_scales[w_regions.index(column, 0)];
+                // Added to 0 as the other engines do, so that their results are the same bits.
+                sum = fma(pair.extract(comptime!(i % 2)), scale, sum);
+            }
+            if config.bias {
+                sum += bias[column as usize];
+            }
+            out[row as usize * scalars.columns as usize + column as usize] = F::cast_from(sum);
+        }
+    }
+}
+
+/// Where a lane's first sum lies in the result.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Own {
+    row: u32,
+    column: u32,
+}
+
+#[cube]
+impl Own {
+    /// Row and column of the lane's sum `i`, of `[left, 2 right, 2, 2]`.
+    fn place(self, #[comptime] i: usize, #[comptime] config: IntegerMmaConfig) -> (u32, u32) {
+        let tile = comptime!(i / 4 % (2 * config.right));
+        let block = comptime!(i / 4 / (2 * config.right));
+        let row = self.row + comptime!((16 * block + i / 2 % 2 * 8) as u32);
+        let column = self.column + comptime!((8 * tile + i % 2) as u32);
+        (row, column)
+    }
+}
+
+/// The shared tiles of both operands.
+#[derive(CubeType)]
+struct Ring {
+    x: IntegerTile,
+    w: IntegerTile,
+    first_row: u32,
+    first_column: u32,
+    scalars: IntegerMmaScalars,
+}
+
+#[cube]
+impl Ring {
+    fn new(
+        first_row: u32,
+        first_column: u32,
+        scalars: IntegerMmaScalars,
+        #[comptime] config: IntegerMmaConfig,
+    ) -> Ring {
+        Ring {
+            x: IntegerTile::new(config.rows(), config.depth, STAGES),
+            w: IntegerTile::new(config.columns(), config.depth, STAGES),
+            first_row,
+            first_column,
+            scalars,
+        }
+    }
+
+    /// Turns to tile `t`.
+    fn turn(&mut self, t: u32) {
+        let stage = t % comptime!(STAGES as u32);
+        self.x.turn(stage);
+        self.w.turn(stage);
+    }
+
+    /// Begins to load tile `t`: zeros if there is none.
+    fn begin(
+        &mut self,
+        x: &[Sixteen],
+        w: &[Sixteen],
+        t: u32,
+        #[comptime] config: IntegerMmaConfig,
+    ) {
+        self.turn(t);
+        let pitch = self.scalars.pitch as usize;
+        let first = min(t as usize * config.depth, pitch);
+        let rows = self.scalars.rows - self.first_row;
+        let columns = self.scalars.columns - self.first_column;
+        self.x.begin_load::<Const<4>>(
+            x,
+            self.first_row as usize,
+            rows,
+            first,
+            pitch - first,
+            pitch,
+            config.units(),
+        );
+        self.w.begin_load::<Const<4>>(
+            w,
+            self.first_column as usize,
+            columns,
+            first,
+            pitch - first,
+            pitch,
+            config.units(),
+        );
+        copies::commit();
+    }
+}
