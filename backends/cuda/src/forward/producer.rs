@@ -86,7 +86,7 @@ impl Producer {
         let full = memory.query_full(slot);
         let bytes = comptime!(tile.query_bytes() as u32);
         barrier::arrive_expect(full, bytes);
-        source.load(
+        source.load_once(
             memory.queries + slot * bytes,
             self.q,
             full,
@@ -276,6 +276,24 @@ impl Source {
             let column = comptime!(box_index as u32 * 64);
             let to = to + comptime!((box_index * rows * 128) as u32);
             tma::load(to, map, full, column, row, self.head, self.batch);
+        }
+    }
+
+    /// The same of rows that no other item reads, so that keys and values stay in the L2 cache.
+    pub fn load_once(
+        &self,
+        to: u32,
+        map: u64,
+        full: u32,
+        row: u32,
+        #[comptime] rows: usize,
+        #[comptime] width: usize,
+    ) {
+        #[unroll]
+        for box_index in 0..comptime!(width.div_ceil(64)) {
+            let column = comptime!(box_index as u32 * 64);
+            let to = to + comptime!((box_index * rows * 128) as u32);
+            tma::load_once(to, map, full, column, row, self.head, self.batch);
         }
     }
 }

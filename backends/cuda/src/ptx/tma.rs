@@ -23,6 +23,30 @@ pub(crate) fn load(to: u32, map: u64, barrier: u32, column: u32, row: u32, head:
     );
 }
 
+/// As [`load`], of what is read once: the L2 cache gives it up first.
+#[cube]
+pub(crate) fn load_once(
+    to: u32,
+    map: u64,
+    barrier: u32,
+    column: u32,
+    row: u32,
+    head: u32,
+    batch: u32,
+) {
+    let (to, map, barrier) = (value::<u32>(to), value::<u64>(map), value::<u32>(barrier));
+    let (column, row) = (value::<u32>(column), value::<u32>(row));
+    let (head, batch) = (value::<u32>(head), value::<u32>(batch));
+    gpu_asm!(
+        "{{ .reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0; \
+         cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes\
+         .L2::cache_hint \
+         [{to}], [{map}, {{{column}, {row}, {head}, {batch}}}], [{barrier}], once; }}",
+        to = in(_) to, map = in(_) map, column = in(_) column, row = in(_) row,
+        head = in(_) head, batch = in(_) batch, barrier = in(_) barrier
+    );
+}
+
 /// Begins to load the box to where `to` is in both cubes of a cluster of two, and to count its bytes
 /// towards the phase of each one's `barrier`.
 #[cube]
@@ -57,6 +81,21 @@ pub(crate) fn store(from: u32, map: u64, column: u32, row: u32, head: u32, batch
     gpu_asm!(
         "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group \
          [{map}, {{{column}, {row}, {head}, {batch}}}], [{from}];",
+        map = in(_) map, column = in(_) column, row = in(_) row, head = in(_) head,
+        batch = in(_) batch, from = in(_) from
+    );
+}
+
+/// As [`store`], of what is not read again: the L2 cache gives it up first.
+#[cube]
+pub(crate) fn store_once(from: u32, map: u64, column: u32, row: u32, head: u32, batch: u32) {
+    let (from, map) = (value::<u32>(from), value::<u64>(map));
+    let (column, row) = (value::<u32>(column), value::<u32>(row));
+    let (head, batch) = (value::<u32>(head), value::<u32>(batch));
+    gpu_asm!(
+        "{{ .reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0; \
+         cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group.L2::cache_hint \
+         [{map}, {{{column}, {row}, {head}, {batch}}}], [{from}], once; }}",
         map = in(_) map, column = in(_) column, row = in(_) row, head = in(_) head,
         batch = in(_) batch, from = in(_) from
     );
