@@ -48,7 +48,7 @@ pub(crate) fn store_staged(out: u64, staging: u32, item: Item, #[comptime] confi
     if UNIT_POS % 128 == 0 {
         #[unroll]
         for box_index in 0..comptime!(config.tile.value_dim.div_ceil(64)) {
-            tma::store(
+            tma::store_once(
                 staging + comptime!(box_index as u32 * 64 * 128),
                 out,
                 comptime!(box_index as u32 * 64),
@@ -88,7 +88,7 @@ pub(crate) fn store_lse(
     }
 }
 
-/// `ln(sum) + max`, which is `-inf` for a row that saw no key.
+/// `ln(sum)` plus the maximum, which is `-inf` for a row that saw no key.
 #[cube]
 fn store_row_lse(
     lse: &mut [f32],
@@ -99,8 +99,7 @@ fn store_row_lse(
     scalars: ForwardScalars,
 ) {
     if query < scalars.query_len {
-        lse[first + query as usize] =
-            row.max * scalars.scale + math::log2(sum) * std::f32::consts::LN_2;
+        lse[first + query as usize] = (row.max + math::log2(sum)) * std::f32::consts::LN_2;
     }
 }
 

@@ -22,7 +22,7 @@ pub(crate) const LARGEST: f32 = 256.0;
 /// log2 of that.
 const SLACK: f32 = 8.0;
 
-/// One row: the maximum in use of its unscaled scores, and the sum of the unit's own weights.
+/// One row: the maximum in use of its scaled scores, times log2(e), and the sum of the unit's own weights.
 #[derive(CubeType)]
 pub(crate) struct Row {
     pub max: f32,
@@ -42,9 +42,9 @@ impl Row {
     }
 
     /// Takes the unit's largest score of a tile into account.
-    fn raise(&mut self, tile_max: f32, scale_log2: f32) {
+    fn raise(&mut self, tile_max: f32) {
         let new_max = max(self.max, quad_max(tile_max));
-        self.correction = math::exp2((self.max - new_max) * scale_log2);
+        self.correction = math::exp2(self.max - new_max);
         self.sum *= self.correction;
         self.max = new_max;
     }
@@ -74,9 +74,9 @@ impl RowPair {
     }
 
     /// Raises the maxima to those of a tile with these `tops`.
-    pub fn raise(&mut self, tops: &Tops, scale_log2: f32) {
-        self.upper.raise(tops.upper, scale_log2);
-        self.lower.raise(tops.lower, scale_log2);
+    pub fn raise(&mut self, tops: &Tops) {
+        self.upper.raise(tops.upper);
+        self.lower.raise(tops.lower);
     }
 
     /// Brings the accumulator to the maxima.
@@ -142,14 +142,21 @@ pub(crate) fn read_scores(#[comptime] buffer: usize, #[comptime] keys: usize) ->
     scores
 }
 
-/// The largest of `scores`, with the `bias` of blocks that have weights.
+/// The largest of `scores`, with the `bias` of blocks that have weights, scaled.
 #[cube]
-fn top_scores(scores: &Array<f32>, bias: f32, #[comptime] config: ForwardConfig) -> Tops {
+fn top_scores(
+    scores: &Array<f32>,
+    bias: f32,
+    scale_log2: f32,
+    #[comptime] config: ForwardConfig,
+) -> Tops {
     let mut tops = Tops::new(scores, f32::new(FLOOR), config.tile.keys);
     if config.weighted {
         tops.upper += bias;
         tops.lower += bias;
     }
+    tops.upper *= scale_log2;
+    tops.lower *= scale_log2;
     tops
 }
 
@@ -207,12 +214,12 @@ pub(crate) fn make_weights(
     #[comptime] config: ForwardConfig,
 ) {
     let scale_log2 = scale_log2(scalars);
-    let mut upper_shift = rows.upper.max * scale_log2;
-    let mut lower_shift = rows.lower.max * scale_log2;
+    let mut upper_shift = rows.upper.max;
+    let mut lower_shift = rows.lower.max;
     if config.weighted {
         // With a weight of 0 infinite, and nothing is left of the scores.
-        upper_shift = (rows.upper.max - bias) * scale_log2;
-        lower_shift = (rows.lower.max - bias) * scale_log2;
+        upper_shift -= bias * scale_log2;
+        lower_shift -= bias * scale_log2;
     }
     #[unroll]
     for i in 0..comptime!(config.tile.weight_words()) {
@@ -250,13 +257,12 @@ pub(crate) fn raise_if_needed(
     scalars: ForwardScalars,
     #[comptime] config: ForwardConfig,
 ) {
-    let scale_log2 = scale_log2(scalars);
-    let tops = top_scores(scores, bias, config);
-    let upper = (tops.upper - rows.upper.max) * scale_log2 > SLACK;
-    let lower = (tops.lower - rows.lower.max) * scale_log2 > SLACK;
+    let tops = top_scores(scores, bias, scale_log2(scalars), config);
+    let upper = tops.upper - rows.upper.max > SLACK;
+    let lower = tops.lower - rows.lower.max > SLACK;
     rows.raised = plane_any(upper || lower);
     if rows.raised {
-        rows.raise(&tops, scale_log2);
+        rows.raise(&tops);
     }
 }
 
@@ -295,7 +301,7 @@ pub(crate) fn begin_maxima(
 ) {
     if !plane_any(unit_is_partial(&*rows, keys, scalars, config)) {
         let scores = read_scores(buffer, config.tile.keys);
-        rows.raise(&top_scores(&scores, bias, config), scale_log2(scalars));
+        rows.raise(&top_scores(&scores, bias, scale_log2(scalars), config));
     }
 }
 
@@ -325,8 +331,7 @@ pub(crate) fn make_weights_again(
 ) {
     let mut scores = read_scores(buffer, config.tile.keys);
     mask(&mut scores, &*rows, keys, f32::new(MASKED), scalars, config);
-    let tops = top_scores(&scores, bias, config);
-    rows.raise(&tops, scale_log2(scalars));
+    rows.raise(&top_scores(&scores, bias, scale_log2(scalars), config));
     make_weights(weights, &*rows, &scores, bias, scalars, config);
     weights.make_before();
 }

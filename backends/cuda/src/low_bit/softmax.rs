@@ -106,8 +106,7 @@ pub(super) fn make_tile_weights(
     if rows.raised {
         let mut scores = read_scores(buffer, config);
         mask(&mut scores, &*rows, keys, lowest(), scalars, config.forward);
-        // Maxima are base-2 logarithms here.
-        rows.raise(&top_scores(&scores, factor, config), f32::new(1.0));
+        rows.raise(&top_scores(&scores, factor, config));
         make_weights(weights, &*rows, &scores, factor, config);
         weights.make_before();
     } else {
