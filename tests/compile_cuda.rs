@@ -336,5 +336,11 @@ fn compile_low_bits(client: &Client) {
                 quantized_matmul_backward(client, &dy, &low).expect("a valid call");
             }
         }
+        // Scales that change along the sum.
+        let blocks = quantize(client, &w, Format::Int8, Granularity::Block, false).unwrap();
+        for rows in [16, 1024] {
+            let x = zeros(rows).unwrap();
+            dynamic_matmul(client, &x, &blocks, None, dtype).expect("a valid call");
+        }
     }
 }

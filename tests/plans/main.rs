@@ -5,13 +5,13 @@ use std::fmt::Write;
 
 use cubecl::features::MmaConfig;
 use cubecl::ir::{
-    DeviceIdentity, DeviceProperties, ElemType, FloatKind, HardwareProperties,
+    DeviceIdentity, DeviceProperties, ElemType, FloatKind, HardwareProperties, IntKind,
     MemoryDeviceProperties,
 };
-use cubesla::plan::{ForwardPlan, MatmulPlan, SlaBackwardPlan};
+use cubesla::plan::{ForwardPlan, LowBitPlan, MatmulPlan, SlaBackwardPlan};
 use cubesla::{
     AttentionOptions, AttentionProblem, DType, F32Products, Format, Granularity, LowBitForm,
-    MatmulProblem,
+    LowBitFormats, MatmulProblem,
 };
 use cubesla_kernels::FactorType;
 use harness::AttentionCase;
@@ -136,6 +136,15 @@ impl Profile {
                     k,
                 });
             }
+            let int8 = ElemType::Int(IntKind::I8);
+            matmul.mma.insert(MmaConfig {
+                a_type: int8,
+                b_type: int8,
+                cd_type: ElemType::Int(IntKind::I32),
+                m: 16,
+                n: 8,
+                k: 32,
+            });
         }
         properties
     }
@@ -179,6 +188,36 @@ fn plans_are_the_ones_written_down() {
         }
     }
     expect_file("plans.txt", &table);
+}
+
+#[test]
+fn plans_in_low_bits_are_the_ones_written_down() {
+    let formats = [
+        ("int8", LowBitFormats::default()),
+        ("int8-fp8", LowBitFormats::INT8_FP8),
+        ("fp8", LowBitFormats::FP8),
+    ];
+    let mut table = String::new();
+    for profile in &PROFILES {
+        writeln!(table, "{}", profile.name).unwrap();
+        let device = profile.properties();
+        for dtype in [DType::F32, DType::BF16] {
+            for (d, dv) in [(40, 40), (64, 64), (128, 128), (128, 72), (256, 256)] {
+                let shape = |dim| [1, 2, 256, dim];
+                let options = AttentionOptions::default();
+                let (qk, v) = (shape(d), shape(dv));
+                let problem = AttentionProblem::from_shapes(qk, qk, v, dtype, &options).unwrap();
+                for (name, formats) in formats {
+                    let plan = match LowBitPlan::new(&problem, &device, formats) {
+                        Ok(plan) => plan.to_string(),
+                        Err(refusal) => refusal.to_string(),
+                    };
+                    writeln!(table, "  {dtype} D={d} Dv={dv} {name}: {plan}").unwrap();
+                }
+            }
+        }
+    }
+    expect_file("low_bits.txt", &table);
 }
 
 #[test]
@@ -404,6 +443,14 @@ fn products_have_the_engine_that_can_run_them() {
     passes(with_formats(Format::Int4, DType::F32), &hopper, formats);
     let rounded = "tensor cores keep about 14 bits of a sum of FP8 products";
     passes(with_formats(Format::Fp8, DType::F32), &hopper, rounded);
+    let few = "of so few rows, warp-level products read W faster";
+    let size = [32, 4096, 4096];
+    passes(MatmulProblem { size, ..product() }, &hopper, few);
+    let size = [33, 4096, 4096];
+    takes(
+        MatmulProblem { size, ..product() },
+        "wgmma 128x256, 4 stages, 16 cubes",
+    );
     let bytes = "bulk copies need rows that are multiples of 16 bytes";
     let size = [100, 1004, 4096];
     passes(MatmulProblem { size, ..product() }, &hopper, bytes);

@@ -125,6 +125,9 @@ impl LowBitPlan {
         device: &DeviceProperties,
         formats: LowBitFormats,
     ) -> Result<Self, &'static str> {
+        if problem.dtype() == DType::F32 {
+            return Err("it keeps weights and values in 16 bits");
+        }
         let factors = problem.factors();
         mma_codes_supported(formats.scores.format(), problem.head_dim(), factors, device)?;
         if formats.values == LowBitValues::Fp8 {
