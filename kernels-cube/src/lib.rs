@@ -1,5 +1,10 @@
 //! Every kernel of CubeSLA, written once in CubeCL.
 
+#[allow(
+    missing_docs,
+    reason = "`#[cube]` makes a module and a struct of a function"
+)]
+pub mod asm;
 pub mod attention;
 pub mod block_list;
 mod dtype;

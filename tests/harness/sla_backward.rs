@@ -183,7 +183,8 @@ impl SlaCase {
     }
 
     /// The relative error that gradients of logits may have. They are few, so that a plain
-    /// computation's error is left to chance: instead that of its terms, rounded to the case's type.
+    /// computation's error is left to chance: instead that of its terms, rounded to the case's type, with
+    /// outputs of the branches before anything is subtracted from them.
     pub fn logit_bound(&self, exact: &Tensor, branches: [&Tensor; 2], dout: &Tensor) -> f64 {
         let case = &self.attention;
         let (alpha, block_q) = (self.alpha(), case.options.block_q);
@@ -311,8 +312,12 @@ impl SlaCase {
         };
         terms[0] = sum(&terms[0], &through(&q, &phi_q, &l.dq));
         terms[1] = sum(&terms[1], &through(&k, &phi_k, &l.dk));
+        // The branch's output, of which errors are a part.
+        let mut branch_terms = branch.clone();
         if self.linear == LinearMode::Complement {
-            terms[2] = sum(&terms[2], &values_of_all_keys(&phi_q, &phi_k, &taken, &dl));
+            let [out, dv] = sums_of_all_keys(&phi_q, &phi_k, &v, &taken, &dl);
+            terms[2] = sum(&terms[2], &dv);
+            branch_terms = out;
         }
         expected.extend(weights);
 
@@ -344,7 +349,7 @@ impl SlaCase {
             let mut exact = expected[at].clone();
             if at == 3 && self.combine != Combine::Sla {
                 exact = self.shared_logits(&exact);
-                bound = self.logit_bound(&exact, [&sparse.out, &branch], &dout);
+                bound = self.logit_bound(&exact, [&sparse.out, &branch_terms], &dout);
             }
             if let Some(terms) = terms.get(at) {
                 bound = bound.max(plain::cancelled_bound(terms, &exact, dtype));
@@ -385,17 +390,21 @@ impl SlaCase {
     }
 }
 
-/// What sums over all keys add to the gradient of values, of which the complement takes the listed blocks'
-/// share away again.
-fn values_of_all_keys(
+/// What sums over all keys give, of which the complement takes the listed blocks' share away again: outputs,
+/// and what they add to the gradient of values.
+fn sums_of_all_keys(
     phi_q: &Tensor,
     phi_k: &Tensor,
+    v: &Tensor,
     taken: &BlockWeights,
     grad_out: &Tensor,
-) -> Tensor {
-    let [batch, heads, query_len, value_dim] = grad_out.shape();
-    let [_, kv_heads, key_len, _] = phi_k.shape();
-    let mut all = Tensor::zeros([batch, kv_heads, key_len, value_dim]);
+) -> [Tensor; 2] {
+    let [batch, heads, query_len, _] = grad_out.shape();
+    let [_, kv_heads, key_len, _] = v.shape();
+    let (mut out, mut dv) = (Tensor::zeros(grad_out.shape()), Tensor::zeros(v.shape()));
+    let add = |to: &mut [f64], factor: f64, from: &[f64]| {
+        to.iter_mut().zip(from).for_each(|(t, x)| *t += factor * x);
+    };
     for b in 0..batch {
         for h in 0..heads {
             let kv = h / (heads / kv_heads);
@@ -412,14 +421,13 @@ fn values_of_all_keys(
                     continue;
                 }
                 for (j, x) in products.iter().enumerate() {
-                    let row = all.row_mut(b, kv, j).iter_mut();
-                    row.zip(grad_out.row(b, h, i))
-                        .for_each(|(to, g)| *to += x / n * g);
+                    add(out.row_mut(b, h, i), x / n, v.row(b, kv, j));
+                    add(dv.row_mut(b, kv, j), x / n, grad_out.row(b, h, i));
                 }
             }
         }
     }
-    all
+    [out, dv]
 }
 
 /// `a + b`.

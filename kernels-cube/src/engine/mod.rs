@@ -24,7 +24,10 @@ mod stream;
 mod vectors;
 
 pub use codes::CodeEngine;
-pub(crate) use mma::{IntegerSums, IntegerTile, Sixteen, mma_codes_supported, mma_supported};
+pub(crate) use mma::{
+    CodeProduct, CodeSums, CodeTile, Four, Fp8, Int8, Sixteen, mma_codes_supported,
+    mma_fp8_supported, mma_supported,
+};
 pub use mma::{Mma, MmaTf32, mma_tile, mma_tiles};
 pub use simt::{Simt, simt_tile, simt_tiles};
 pub(crate) use simt::{simt_shared_memory, simt_supported};

@@ -5,8 +5,8 @@
 //!
 //! | activations | weights | kernel |
 //! |---|---|---|
-//! | INT8 | INT8 | `integer_mma`: warp-level tensor cores, exact 32-bit sums, scaled in f32 |
-//! | INT8 | INT8 | `integer`: the same by products of words, where there are none or groups are short |
+//! | INT8, FP8 | the same | `codes`: warp-level tensor cores; exact 32-bit sums of INT8; FP8 for 16-bit results |
+//! | INT8 | INT8 | `integer`: exact sums of products of words, where there are none or groups are short |
 //! | f32, f16, bf16, and other low-bit formats, decoded once | any | `decoded`: f32 products of tiles decoded into shared memory |
 //! | f16, bf16, at most 64 rows | any | `mma`: warp-level tensor cores, weights decoded in registers |
 //! | the same as `decoded`, at most four rows | any | `rows`: no tiles, weights read once |
@@ -17,9 +17,9 @@
 //! Rejected, with a [`ProblemError`]: weights with a scale per column, which is one per summand; sums
 //! of more than 133144 INT8 products under one scale, which could overflow.
 
+mod codes;
 mod decoded;
 mod integer;
-mod integer_mma;
 mod mma;
 mod problem;
 mod rows;
@@ -113,7 +113,8 @@ pub fn quantized_matmul<const R: usize>(
     bias: Option<&DeviceTensor<1>>,
     dtype: DType,
 ) -> Result<DeviceTensor<R>, ProblemError> {
-    if !sums_integers(x, w) {
+    let codes = codes::takes(client.properties(), x, w, dtype);
+    if !codes && !sums_integers(x, w) {
         let decoded = dequantize(client, x, DType::F32)?;
         return weight_only_matmul(client, &decoded, w, bias, dtype);
     }
@@ -126,8 +127,8 @@ pub fn quantized_matmul<const R: usize>(
         out: out.buffer_arg(),
         dtype,
     };
-    if integer_mma::takes(client.properties(), x, w) {
-        integer_mma::launch(client, x, product)?;
+    if codes {
+        codes::launch(client, x, product)?;
     } else {
         integer::launch(client, x, product)?;
     }

@@ -16,14 +16,4 @@ pub(crate) mod matmul;
 pub(crate) mod tma;
 pub(crate) mod wgmma;
 
-use cubecl::prelude::*;
-
-/// The value of a variable, which inline PTX would otherwise receive as a pointer.
-#[cube]
-#[allow(
-    unused_variables,
-    reason = "`intrinsic!` uses them in the expanded kernel alone"
-)]
-pub(crate) fn value<T: CubePrimitive>(x: T) -> T {
-    intrinsic!(|scope| x.read_value(scope).into())
-}
+pub(crate) use cubesla_kernels::asm::value;

@@ -1,4 +1,5 @@
-//! Codes: INT8 by products of 16x8x32, summed in integers; FP8 as 16-bit numbers, which hold it exactly.
+//! Codes: INT8 by products of 16x8x32, summed in integers; FP8, in tiles that become left sides, as 16-bit
+//! numbers, which hold it exactly.
 
 use cubecl::cmma::{MatrixIdent, MmaDefinition};
 use cubecl::prelude::barrier::copy_async_checked;
@@ -6,6 +7,7 @@ use cubecl::prelude::*;
 
 use super::operand::{padded, pitch};
 use super::{Mma, MmaFragment, MmaOperand};
+use crate::asm::value;
 use crate::engine::vectors::load_numbers;
 use crate::engine::*;
 use crate::quantize::Format;
@@ -13,14 +15,14 @@ use crate::quantize::Format;
 /// Sixteen codes: a row of a matrix that `ldmatrix` loads.
 pub(crate) type Sixteen = Vector<u32, Const<4>>;
 /// Four codes: a register of a factor.
-type Four = Vector<i8, Const<4>>;
+pub(crate) type Four = Vector<u32, Const<1>>;
 /// Elements of 16 bits that take the room of sixteen codes.
 const HALVES: usize = 8;
 
-/// Shared tiles of `rows x 16 vectors` INT8 codes, one of which is turned to: vectors of padding between
-/// rows as [`MmaOperand`] has them.
+/// Shared tiles of `rows x 16 vectors` codes, one of which is turned to: vectors of padding between rows as
+/// [`MmaOperand`] has them.
 #[derive(CubeType)]
-pub(crate) struct IntegerTile {
+pub(crate) struct CodeTile {
     data: Shared<[Sixteen]>,
     /// First vector of the tile.
     first: usize,
@@ -42,15 +44,15 @@ fn row_pitch(vectors: usize) -> usize {
 }
 
 #[cube]
-impl IntegerTile {
+impl CodeTile {
     /// `stages` tiles, not initialised.
     pub fn new(
         #[comptime] rows: usize,
         #[comptime] vectors: usize,
         #[comptime] stages: usize,
-    ) -> IntegerTile {
+    ) -> CodeTile {
         let space = comptime!((stages * rows * row_pitch(vectors)).max(1));
-        IntegerTile {
+        CodeTile {
             data: Shared::new_aligned_slice(space, 16usize),
             first: 0usize.runtime(),
             rows,
@@ -114,39 +116,124 @@ impl IntegerTile {
     /// Four registers of factors: of matrices whose rows begin where lanes pass.
     fn load(&self, at: usize, #[comptime] ident: MatrixIdent) -> Array<Four> {
         let row = &self.data[at..at + 1];
-        let words = product().load_matrix::<Sixteen, Const<1>>(row, ident, 4usize, false);
-        let mut codes = Array::<Four>::new(4usize);
-        #[unroll]
-        for i in 0..4usize {
-            codes[i] = Four::reinterpret(words[i]);
-        }
-        codes
+        // The type of the factors is all the same to a matrix that is loaded.
+        int8_product().load_matrix::<Sixteen, Const<1>>(row, ident, 4usize, false)
     }
 }
 
+/// How codes are multiplied: 16 rows by 8 columns, 32 of each.
 #[cube]
-fn product() -> MmaDefinition<i8, i8, i32> {
+pub(crate) trait CodeProduct: 'static + Send + Sync {
+    /// The type of a sum.
+    type Sum: Numeric;
+
+    /// `sums += left right`, with the first or second of the two right factors.
+    fn add(
+        sums: &mut Array<Vector<Self::Sum, Const<2>>>,
+        left: &Array<Four>,
+        right: &Array<Four>,
+        #[comptime] number: usize,
+    );
+}
+
+/// INT8, summed in integers.
+pub(crate) struct Int8;
+
+#[cube]
+fn int8_product() -> MmaDefinition<i8, i8, i32> {
     MmaDefinition::<i8, i8, i32>::new(16usize, 8usize, 32usize)
 }
 
-/// Sums of integers, spread over lanes as an [`MmaFragment`] of so many times 8 columns.
+#[cube]
+impl CodeProduct for Int8 {
+    type Sum = i32;
+
+    fn add(
+        sums: &mut Array<Vector<i32, Const<2>>>,
+        left: &Array<Four>,
+        right: &Array<Four>,
+        #[comptime] number: usize,
+    ) {
+        let mut a = Array::<Vector<i8, Const<4>>>::new(4usize);
+        #[unroll]
+        for i in 0..4usize {
+            a[i] = Vector::reinterpret(left[i]);
+        }
+        let mut b = Array::<Vector<i8, Const<4>>>::new(2usize);
+        #[unroll]
+        for i in 0..2usize {
+            b[i] = Vector::reinterpret(right[comptime!(2 * number + i)]);
+        }
+        int8_product().execute_inplace(&a, &b, sums);
+    }
+}
+
+/// FP8 e4m3, summed in f32, of which tensor cores keep about 14 bits.
+pub(crate) struct Fp8;
+
+#[cube]
+impl CodeProduct for Fp8 {
+    type Sum = f32;
+
+    // CubeCL spells this product as only compute capability 12.0 has it; all from 8.9 on have this one.
+    fn add(
+        sums: &mut Array<Vector<f32, Const<2>>>,
+        left: &Array<Four>,
+        right: &Array<Four>,
+        #[comptime] number: usize,
+    ) {
+        let mut a = Vector::<u32, Const<4>>::empty();
+        #[unroll]
+        for i in 0..4usize {
+            a.insert(i, left[i].extract(0usize));
+        }
+        let mut b = Vector::<u32, Const<2>>::empty();
+        let mut c = Vector::<f32, Const<4>>::empty();
+        #[unroll]
+        for i in 0..2usize {
+            b.insert(i, right[comptime!(2 * number + i)].extract(0usize));
+            c.insert(comptime!(2 * i), sums[i].extract(0usize));
+            c.insert(comptime!(2 * i + 1), sums[i].extract(1usize));
+        }
+        let (a, b, c) = (
+            value::<Vector<u32, Const<4>>>(a),
+            value::<Vector<u32, Const<2>>>(b),
+            value::<Vector<f32, Const<4>>>(c),
+        );
+        let d: Vector<f32, Const<4>>;
+        gpu_asm!(
+            "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {d}, {a}, {b}, {c};",
+            d = out(_) d, a = in(_) a, b = in(_) b, c = in(_) c,
+            options(pure, nomem)
+        );
+        #[unroll]
+        for i in 0..2usize {
+            let mut pair = Vector::<f32, Const<2>>::empty();
+            pair.insert(0usize, d.extract(comptime!(2 * i)));
+            pair.insert(1usize, d.extract(comptime!(2 * i + 1)));
+            sums[i] = pair;
+        }
+    }
+}
+
+/// Sums of products of codes, spread over lanes as an [`MmaFragment`] of so many times 8 columns.
 #[derive(CubeType)]
-pub(crate) struct IntegerSums {
-    tiles: Sequence<Array<Vector<i32, Const<2>>>>,
+pub(crate) struct CodeSums<P: CodeProduct> {
+    tiles: Sequence<Array<Vector<P::Sum, Const<2>>>>,
     #[cube(comptime)]
     count: usize,
 }
 
 #[cube]
-impl IntegerSums {
+impl<P: CodeProduct> CodeSums<P> {
     /// All zeros.
-    pub fn zeros(#[comptime] count: usize) -> IntegerSums {
-        let mut tiles = Sequence::<Array<Vector<i32, Const<2>>>>::new();
+    pub fn zeros(#[comptime] count: usize) -> CodeSums<P> {
+        let mut tiles = Sequence::<Array<Vector<P::Sum, Const<2>>>>::new();
         #[unroll]
         for _ in 0..count {
-            tiles.push(Array::<Vector<i32, Const<2>>>::new(2usize));
+            tiles.push(Array::<Vector<P::Sum, Const<2>>>::new(2usize));
         }
-        let mut sums = IntegerSums { tiles, count };
+        let mut sums = CodeSums::<P> { tiles, count };
         sums.clear();
         sums
     }
@@ -156,8 +243,8 @@ impl IntegerSums {
         #[unroll]
         for t in 0..self.count {
             let tile = self.tiles.index_mut(t);
-            tile[0] = Vector::new(0i32);
-            tile[1] = Vector::new(0i32);
+            tile[0] = Vector::new(P::Sum::from_int(0));
+            tile[1] = Vector::new(P::Sum::from_int(0));
         }
     }
 
@@ -165,16 +252,19 @@ impl IntegerSums {
     pub fn add(&mut self, left: &Array<Four>, right: &Array<Four>, #[comptime] first: usize) {
         #[unroll]
         for number in 0..2usize {
-            let mut side = Array::<Four>::new(2usize);
-            side[0] = right[comptime!(2 * number)];
-            side[1] = right[comptime!(2 * number + 1)];
             let tile = self.tiles.index_mut(comptime!(first + number));
-            product().execute_inplace(left, &side, tile);
+            P::add(tile, left, right, number);
         }
     }
 
+    /// The lane's sum `i`, of `[count, 2, 2]`.
+    pub fn element(&self, #[comptime] i: usize) -> f32 {
+        let pair = self.pair(comptime!(i / 4), comptime!(i / 2 % 2));
+        pair.extract(comptime!(i % 2))
+    }
+
     /// Those of 8 columns, of the lane's upper or lower row.
-    pub fn pair(&self, #[comptime] tile: usize, #[comptime] row: usize) -> Vector<f32, Const<2>> {
+    fn pair(&self, #[comptime] tile: usize, #[comptime] row: usize) -> Vector<f32, Const<2>> {
         Vector::cast_from(self.tiles[tile][row])
     }
 }
@@ -182,7 +272,7 @@ impl IntegerSums {
 /// A shared tile of codes.
 #[derive(CubeType)]
 pub struct MmaCodes<F: Float> {
-    integers: IntegerTile,
+    integers: CodeTile,
     numbers: MmaOperand<F, Const<8>>,
     #[cube(comptime)]
     format: Format,
@@ -203,7 +293,7 @@ impl<F: Float> CodeEngine<F> for Mma {
             _ => [rows, 0],
         });
         MmaCodes::<F> {
-            integers: IntegerTile::new(comptime!(rows[0]), comptime!(dim / 16), 1usize),
+            integers: CodeTile::new(comptime!(rows[0]), comptime!(dim / 16), 1usize),
             numbers: MmaOperand::<F, Const<8>>::new(comptime!(rows[1]), dim, 1usize),
             format,
         }
@@ -248,8 +338,8 @@ impl<F: Float> CodeEngine<F> for Mma {
 
 /// `dst = a b^T` of two tiles of INT8.
 #[cube]
-fn mul_integers(dst: &mut MmaFragment, a: &IntegerTile, b: &IntegerTile) {
-    let mut exact = IntegerSums::zeros(dst.count);
+fn mul_integers(dst: &mut MmaFragment, a: &CodeTile, b: &CodeTile) {
+    let mut exact = CodeSums::<Int8>::zeros(dst.count);
     let own_rows = (UNIT_POS / 32 * 16) as usize;
     #[unroll]
     for step in 0..comptime!(whole(a.vectors) / 2) {

@@ -15,12 +15,12 @@ mod operand;
 mod sizes;
 mod tf32;
 
-pub(crate) use codes::{IntegerSums, IntegerTile, Sixteen};
+pub(crate) use codes::{CodeProduct, CodeSums, CodeTile, Four, Fp8, Int8, Sixteen};
 pub use factors::{Factors, Order};
 pub use fragment::MmaFragment;
 pub use half::Half;
 pub use operand::MmaOperand;
-pub(crate) use sizes::{mma_codes_supported, mma_supported};
+pub(crate) use sizes::{mma_codes_supported, mma_fp8_supported, mma_supported};
 pub use sizes::{mma_tile, mma_tiles};
 pub use tf32::Tf32;
 

@@ -78,6 +78,24 @@ pub(crate) fn mma_codes_supported(
     Ok(())
 }
 
+/// Whether the device can multiply FP8 codes as they are, or why not.
+pub(crate) fn mma_fp8_supported(device: &DeviceProperties) -> Result<(), &'static str> {
+    let fp8 = ElemType::Float(FloatKind::E4M3);
+    let config = MmaConfig {
+        a_type: fp8,
+        b_type: fp8,
+        cd_type: ElemType::Float(FloatKind::F32),
+        m: 16,
+        n: 8,
+        k: 32,
+    };
+    mma_supported(FactorType::F16, device)?;
+    if !device.features.matmul.mma.contains(&config) {
+        return Err("the device has no 16x8x32 product of FP8");
+    }
+    Ok(())
+}
+
 /// The tile program of this engine, or why it cannot run.
 ///
 /// # Errors

@@ -1,16 +1,20 @@
-//! INT8 by INT8 on warp-level tensor cores: 16x8x32 products of words as they lie, in integers.
+//! INT8 by INT8 and FP8 by FP8 on warp-level tensor cores: 16x8x32 products of words as they lie.
 //!
-//! A ring of shared tiles is filled with asynchronous copies while the oldest is multiplied. Scales that
-//! change along the sum are applied where they change.
+//! A ring of shared tiles is filled with asynchronous copies while the oldest is multiplied. INT8 sums are
+//! integers; scales that change along the sum are applied where they change. Of FP8 sums tensor cores keep
+//! about 14 bits: those of a tile are added up in f32.
 
 use cubecl::ir::DeviceProperties;
 use cubecl::prelude::*;
 
-use super::Product;
 use super::integer::step;
-use crate::engine::{IntegerSums, IntegerTile, Sixteen, copies, mma_codes_supported};
+use super::{Product, sums_integers};
+use crate::engine::{
+    CodeProduct, CodeSums, CodeTile, Four, Fp8, Int8, Sixteen, copies, mma_codes_supported,
+    mma_fp8_supported,
+};
 use crate::limits::{expect_loop_budget, grid};
-use crate::quantize::{Format, QuantizedTensor, Regions};
+use crate::quantize::{Format, Granularity, QuantizedTensor, Regions};
 use crate::{DType, FactorType, ProblemError};
 
 /// Tiles in shared memory at once.
@@ -18,7 +22,7 @@ const STAGES: usize = 3;
 
 /// What the kernel is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct IntegerMmaConfig {
+struct CodesConfig {
     /// Times 16 rows of the result that a warp holds.
     left: usize,
     /// Times 16 columns.
@@ -31,15 +35,18 @@ struct IntegerMmaConfig {
     depth: usize,
     /// Whether scales change along the sum.
     grouped: bool,
+    fp8: bool,
     bias: bool,
 }
 
-impl IntegerMmaConfig {
+impl CodesConfig {
     /// Few rows leave no use for a tall tile; narrow ones are more cubes, and deep ones more bytes on
     /// their way.
-    fn new(rows: usize, grouped: bool, bias: bool) -> Self {
+    fn new(rows: usize, grouped: bool, fp8: bool, bias: bool) -> Self {
         let (left, right, down, across, depth) = match rows {
             0..=32 => (1, 1, 1, 4, 8),
+            // Totals beside the sums of four would not fit the registers with scales.
+            _ if fp8 && grouped => (2, 3, 4, 2, 4),
             _ => (2, 4, 4, 2, 4),
         };
         Self {
@@ -49,6 +56,7 @@ impl IntegerMmaConfig {
             across,
             depth,
             grouped,
+            fp8,
             bias,
         }
     }
@@ -72,6 +80,15 @@ impl IntegerMmaConfig {
         2 * self.left * self.right
     }
 
+    /// Sums that are added up in f32 on the way.
+    fn totals(self) -> usize {
+        if self.grouped || self.fp8 {
+            4 * self.sums()
+        } else {
+            1
+        }
+    }
+
     /// Bytes of shared memory, with a vector of padding to a row.
     fn shared_memory(self) -> usize {
         STAGES * (self.rows() + self.columns()) * (self.depth + 1) * 16
@@ -81,7 +98,7 @@ impl IntegerMmaConfig {
 /// Scalar arguments.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
-struct IntegerMmaScalars {
+struct CodesScalars {
     /// M.
     rows: u32,
     /// N.
@@ -97,24 +114,39 @@ fn plan<const R: usize>(
     x: &QuantizedTensor<R>,
     w: &QuantizedTensor<2>,
     bias: bool,
-) -> Result<(usize, IntegerMmaConfig), ProblemError> {
+) -> Result<(usize, CodesConfig), ProblemError> {
     let [rows, len] = x.matrix();
-    let step = step(
+    let reach = [
         x.granularity().region(x.matrix())[1],
         w.granularity().region(w.matrix())[1],
-        len,
-    )?;
-    Ok((step, IntegerMmaConfig::new(rows, step < len, bias)))
+    ];
+    let fp8 = x.format() == Format::Fp8;
+    let step = if fp8 {
+        reach[0].min(reach[1]).min(len)
+    } else {
+        step(reach[0], reach[1], len)?
+    };
+    Ok((step, CodesConfig::new(rows, step < len, fp8, bias)))
 }
 
-/// Whether the kernel takes these operands.
+/// Whether the kernel takes these operands, for a result of this type.
 pub(super) fn takes<const R: usize>(
     device: &DeviceProperties,
     x: &QuantizedTensor<R>,
     w: &QuantizedTensor<2>,
+    dtype: DType,
 ) -> bool {
-    let supported = mma_codes_supported(Format::Int8, 16, FactorType::F16, device).is_ok();
-    let fits = |(step, config): (usize, IntegerMmaConfig)| {
+    let fp8 = x.format() == Format::Fp8 && w.format() == Format::Fp8;
+    let supported = if fp8 {
+        // What is left of their sums is enough for 16 bits.
+        mma_fp8_supported(device).is_ok()
+            && dtype != DType::F32
+            && x.granularity() != Granularity::Column
+    } else {
+        sums_integers(x, w)
+            && mma_codes_supported(Format::Int8, 16, FactorType::F16, device).is_ok()
+    };
+    let fits = |(step, config): (usize, CodesConfig)| {
         (!config.grouped || step.is_multiple_of(16 * config.depth))
             && config.shared_memory() <= device.hardware.max_shared_memory_size
     };
@@ -131,7 +163,7 @@ pub(super) fn launch<const R: usize>(
     let (step, config) = plan(x, w, product.bias.is_some())?;
     let device = client.properties();
     let tiles = len.div_ceil(16 * config.depth);
-    expect_loop_budget(device, "an INT8 product", tiles)?;
+    expect_loop_budget(device, "a product of 8 bits", tiles)?;
     let grid = grid(
         device,
         [
@@ -140,9 +172,13 @@ pub(super) fn launch<const R: usize>(
             ("", 1),
         ],
     )?;
+    let launch = match config.fp8 {
+        false => code_matmul::launch_unchecked::<Int8>,
+        true => code_matmul::launch_unchecked::<Fp8>,
+    };
     // SAFETY: vectors past the ends read as 0, and results past them are not stored.
     unsafe {
-        integer_matmul_mma::launch_unchecked(
+        launch(
             client,
             grid,
             CubeDim::new_1d(config.units() as u32),
@@ -155,7 +191,7 @@ pub(super) fn launch<const R: usize>(
             product.out,
             x.regions(),
             w.regions(),
-            IntegerMmaScalarsLaunch::new(
+            CodesScalarsLaunch::new(
                 rows as u32,
                 columns as u32,
                 w.words_per_row() as u32 / 4,
@@ -172,7 +208,7 @@ pub(super) fn launch<const R: usize>(
 ///
 /// Grid: x = tiles of columns, y = tiles of rows.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn integer_matmul_mma<F: Float>(
+fn code_matmul<P: CodeProduct, F: Float>(
     x: &[Sixteen],
     x_scales: &[f32],
     w: &[Sixteen],
@@ -181,8 +217,8 @@ fn integer_matmul_mma<F: Float>(
     out: &mut [F],
     x_regions: Regions,
     w_regions: Regions,
-    scalars: IntegerMmaScalars,
-    #[comptime] config: IntegerMmaConfig,
+    scalars: CodesScalars,
+    #[comptime] config: CodesConfig,
     #[define(F)] _dtype: ElemType,
 ) {
     let warp = UNIT_POS / 32;
@@ -197,14 +233,10 @@ fn integer_matmul_mma<F: Float>(
     };
 
     let mut ring = Ring::new(first_row, first_column, scalars, config);
-    let mut exact = IntegerSums::zeros(config.sums());
-    let mut totals = Array::<f32>::new(comptime!(if config.grouped {
-        4 * config.sums()
-    } else {
-        1
-    }));
+    let mut sums = CodeSums::<P>::zeros(config.sums());
+    let mut totals = Array::<f32>::new(config.totals());
     #[unroll]
-    for i in 0..comptime!(if config.grouped { 4 * config.sums() } else { 1 }) {
+    for i in 0..comptime!(config.totals()) {
         totals[i] = 0.0;
     }
 
@@ -221,7 +253,7 @@ fn integer_matmul_mma<F: Float>(
         ring.turn(t);
         #[unroll]
         for step in 0..comptime!(config.depth / 2) {
-            let mut lefts = Sequence::<Array<Vector<i8, Const<4>>>>::new();
+            let mut lefts = Sequence::<Array<Four>>::new();
             #[unroll]
             for i in 0..config.left {
                 lefts.push(ring.x.left(row as usize + comptime!(16 * i), step));
@@ -232,23 +264,28 @@ fn integer_matmul_mma<F: Float>(
                 #[unroll]
                 for i in 0..config.left {
                     let first = comptime!(2 * (i * config.right + j));
-                    exact.add(lefts.index(i), &right, first);
+                    sums.add(lefts.index(i), &right, first);
                 }
             }
         }
         if comptime!(config.grouped) {
-            if (t + 1) % scalars.tiles == 0 || t + 1 == tiles {
+            if (t + 1) % scalars.tiles == 0 || t + 1 == tiles || config.fp8 {
                 let element = t * comptime!(16 * config.depth as u32);
                 #[unroll]
                 for i in 0..comptime!(4 * config.sums()) {
                     let (row, column) = own.place(i, config);
                     let scale = x_scales[x_regions.index(min(row, scalars.rows - 1), element)]
                         * w_scales[w_regions.index(min(column, scalars.columns - 1), element)];
-                    let pair = exact.pair(comptime!(i / 4), comptime!(i / 2 % 2));
-                    totals[i] += pair.extract(comptime!(i % 2)) * scale;
+                    totals[i] += sums.element(i) * scale;
                 }
-                exact.clear();
+                sums.clear();
             }
+        } else if comptime!(config.fp8) {
+            #[unroll]
+            for i in 0..comptime!(4 * config.sums()) {
+                totals[i] += sums.element(i);
+            }
+            sums.clear();
         }
     }
 
@@ -256,13 +293,16 @@ fn integer_matmul_mma<F: Float>(
     for i in 0..comptime!(4 * config.sums()) {
         let (row, column) = own.place(i, config);
         if row < scalars.rows && column < scalars.columns {
-            let mut sum = totals[comptime!(if config.grouped { i } else { 0 })];
+            let mut sum = totals[comptime!(if config.totals() == 1 { 0 } else { i })];
             if comptime!(!config.grouped) {
-                let pair = exact.pair(comptime!(i / 4), comptime!(i / 2 % 2));
                 let scale =
                     x_scales[x_regions.index(row, 0)] * w_scales[w_regions.index(column, 0)];
-                // Added to 0 as the other engines do, so that their results are the same bits.
-                sum = fma(pair.extract(comptime!(i % 2)), scale, sum);
+                if comptime!(config.fp8) {
+                    sum *= scale;
+                } else {
+                    // Added to 0 as the other engines do, so that their results are the same bits.
+                    sum = fma(sums.element(i), scale, sum);
+                }
             }
             if config.bias {
                 sum += bias[column as usize];
@@ -283,7 +323,7 @@ struct Own {
 #[cube]
 impl Own {
     /// Row and column of the lane's sum `i`, of `[left, 2 right, 2, 2]`.
-    fn place(self, #[comptime] i: usize, #[comptime] config: IntegerMmaConfig) -> (u32, u32) {
+    fn place(self, #[comptime] i: usize, #[comptime] config: CodesConfig) -> (u32, u32) {
         let tile = comptime!(i / 4 % (2 * config.right));
         let block = comptime!(i / 4 / (2 * config.right));
         let row = self.row + comptime!((16 * block + i / 2 % 2 * 8) as u32);
@@ -295,11 +335,11 @@ impl Own {
 /// The shared tiles of both operands.
 #[derive(CubeType)]
 struct Ring {
-    x: IntegerTile,
-    w: IntegerTile,
+    x: CodeTile,
+    w: CodeTile,
     first_row: u32,
     first_column: u32,
-    scalars: IntegerMmaScalars,
+    scalars: CodesScalars,
 }
 
 #[cube]
@@ -307,12 +347,12 @@ impl Ring {
     fn new(
         first_row: u32,
         first_column: u32,
-        scalars: IntegerMmaScalars,
-        #[comptime] config: IntegerMmaConfig,
+        scalars: CodesScalars,
+        #[comptime] config: CodesConfig,
     ) -> Ring {
         Ring {
-            x: IntegerTile::new(config.rows(), config.depth, STAGES),
-            w: IntegerTile::new(config.columns(), config.depth, STAGES),
+            x: CodeTile::new(config.rows(), config.depth, STAGES),
+            w: CodeTile::new(config.columns(), config.depth, STAGES),
             first_row,
             first_column,
             scalars,
@@ -327,13 +367,7 @@ impl Ring {
     }
 
     /// Begins to load tile `t`: zeros if there is none.
-    fn begin(
-        &mut self,
-        x: &[Sixteen],
-        w: &[Sixteen],
-        t: u32,
-        #[comptime] config: IntegerMmaConfig,
-    ) {
+    fn begin(&mut self, x: &[Sixteen], w: &[Sixteen], t: u32, #[comptime] config: CodesConfig) {
         self.turn(t);
         let pitch = self.scalars.pitch as usize;
         let first = min(t as usize * config.depth, pitch);
