@@ -446,6 +446,8 @@ fn products_have_the_engine_that_can_run_them() {
     let few = "of so few rows, warp-level products read W faster";
     let size = [32, 4096, 4096];
     passes(MatmulProblem { size, ..product() }, &hopper, few);
+    let fp8 = with_formats(Format::Fp8, DType::BF16);
+    passes(MatmulProblem { size, ..fp8 }, &hopper, few);
     let size = [33, 4096, 4096];
     takes(
         MatmulProblem { size, ..product() },

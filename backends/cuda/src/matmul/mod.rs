@@ -3,8 +3,8 @@
 //! Supported: INT8 by INT8 and FP8 by FP8, without zero points; any M, N and K; scales of X per tensor,
 //! row, group of 128 or block, of W per tensor, row or block; a bias; f32, f16 and bf16 results, of FP8
 //! f16 and bf16 ones.
-//! Rejected by [`WgmmaMatmulPlan::new`], with the reason: other products, and few rows of INT8. The
-//! portable kernels take those.
+//! Rejected by [`WgmmaMatmulPlan::new`], with the reason: other products, and few rows. The portable
+//! kernels take those.
 //!
 //! What it does, and why:
 //! - A cube computes 128x256 of the result, two warpgroups 64 rows each; two cubes, one below the other,
@@ -38,8 +38,8 @@ use crate::hopper::multiprocessors;
 use config::{COLUMNS, ROWS};
 use kernel::{MatmulScalarsLaunch, ScaleOrderLaunch, low_bit_matmul_wgmma};
 
-/// Rows of INT8 for which tiles of 64 columns, which are more cubes, are faster: on an H200 by a quarter of the
-/// time, W being 8192x8192.
+/// Rows for which tiles of 64 columns, which are more cubes, are faster: by a quarter of the time for a W of
+/// 8192x8192, in INT8 on an H200, in FP8 on an H100.
 const FEW_ROWS: usize = 32;
 /// Clusters' tiles along M of a band.
 const BAND: usize = 8;
@@ -76,14 +76,14 @@ impl WgmmaMatmulPlan {
         if !problem.aligned || !(columns * dtype.size()).is_multiple_of(16) {
             return Err("bulk copies need rows that are multiples of 16 bytes");
         }
-        if x.format == Format::Int8 && rows <= FEW_ROWS {
-            return Err("of so few rows, warp-level products read W faster");
-        }
         let x_steps = steps(x.granularity).ok_or("scales of X change within a step of 128")?;
         let w_steps = match w.granularity {
             Granularity::Group(_) => Err("scales of W change from column to column of a step"),
             other => steps(other).ok_or("scales of W change within a step of 128"),
         }?;
+        if rows <= FEW_ROWS {
+            return Err("of so few rows, warp-level products read W faster");
+        }
         let row_tiles = rows.div_ceil(ROWS);
         let tile = MatmulTile {
             fp8: x.format == Format::Fp8,
