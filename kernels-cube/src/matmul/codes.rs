@@ -45,7 +45,7 @@ impl CodesConfig {
     fn new(rows: usize, grouped: bool, fp8: bool, bias: bool) -> Self {
         let (left, right, down, across, depth) = match rows {
             0..=32 => (1, 1, 1, 4, 8),
-            // Totals beside the sums of four would not fit the registers with scales.
+            // With scales, totals beside the sums of 64 columns would not fit the registers.
             _ if fp8 && grouped => (2, 3, 4, 2, 4),
             _ => (2, 4, 4, 2, 4),
         };

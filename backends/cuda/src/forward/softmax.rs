@@ -242,9 +242,7 @@ pub(crate) fn take_scores(
     #[comptime] config: ForwardConfig,
 ) -> Array<f32> {
     let mut scores = read_scores(buffer, config.tile.keys);
-    if plane_any(unit_is_partial(rows, keys, scalars, config)) {
-        mask(&mut scores, rows, keys, f32::new(MASKED), scalars, config);
-    }
+    mask_if_partial(&mut scores, rows, keys, f32::new(MASKED), scalars, config);
     scores
 }
 
@@ -330,7 +328,7 @@ pub(crate) fn make_weights_again(
     #[comptime] config: ForwardConfig,
 ) {
     let mut scores = read_scores(buffer, config.tile.keys);
-    mask(&mut scores, &*rows, keys, f32::new(MASKED), scalars, config);
+    mask_if_partial(&mut scores, &*rows, keys, f32::new(MASKED), scalars, config);
     rows.raise(&top_scores(&scores, bias, scale_log2(scalars), config));
     make_weights(weights, &*rows, &scores, bias, scalars, config);
     weights.make_before();
@@ -360,9 +358,24 @@ fn unit_is_partial(
     partial
 }
 
-/// Replaces scores of keys that do not exist, or lie in the future, by the `lowest`.
+/// Replaces scores of keys that do not exist, or lie in the future, by the `lowest`, if a unit of the warp has
+/// any.
 #[cube]
-pub(crate) fn mask(
+pub(crate) fn mask_if_partial(
+    scores: &mut Array<f32>,
+    rows: &RowPair,
+    keys: Keys,
+    lowest: f32,
+    scalars: ForwardScalars,
+    #[comptime] config: ForwardConfig,
+) {
+    if plane_any(unit_is_partial(rows, keys, scalars, config)) {
+        mask(scores, rows, keys, lowest, scalars, config);
+    }
+}
+
+#[cube]
+fn mask(
     scores: &mut Array<f32>,
     rows: &RowPair,
     keys: Keys,

@@ -8,7 +8,9 @@ use cubecl::prelude::*;
 
 use super::config::LowBitConfig;
 use crate::forward::kernel::ForwardScalars;
-use crate::forward::softmax::{LARGEST, RowPair, Tops, Weights, mask, must_be_made_again};
+use crate::forward::softmax::{
+    LARGEST, RowPair, Tops, Weights, mask_if_partial, must_be_made_again,
+};
 use crate::ptx::{low_bit, math};
 
 /// log2 of the FP8 weight of a score that is the maximum in use. A unit's 16 of a row add up to 224, less
@@ -105,7 +107,7 @@ pub(super) fn make_tile_weights(
     rows.raised = must_be_made_again(&*weights, largest, &*rows, keys, scalars, config.forward);
     if rows.raised {
         let mut scores = read_scores(buffer, config);
-        mask(&mut scores, &*rows, keys, lowest(), scalars, config.forward);
+        mask_if_partial(&mut scores, &*rows, keys, lowest(), scalars, config.forward);
         rows.raise(&top_scores(&scores, factor, config));
         make_weights(weights, &*rows, &scores, factor, config);
         weights.make_before();

@@ -32,8 +32,7 @@ use prepare::{mean_key, quantize_blocks};
 use values::quantize_values;
 
 use crate::engine::{
-    CodeEngine, EngineKind, Mma, Simt, Tile, TileNeeds, mma_codes_supported, mma_tile, no_tile,
-    simt_tile,
+    CodeEngine, Mma, Simt, Tile, TileNeeds, mma_codes_supported, mma_tile, no_tile, simt_tile,
 };
 use crate::limits::{expect_bindings, expect_loop_budget, grid};
 use crate::quantize::Format;
@@ -110,9 +109,11 @@ pub fn expect_low_bit(problem: &AttentionProblem) -> Result<(), ProblemError> {
 
 /// How low-bit attention is run: the engine and its sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LowBitPlan {
-    engine: EngineKind,
-    tile: Tile,
+pub enum LowBitPlan {
+    /// The portable engine.
+    Simt(Tile),
+    /// Warp-level tensor cores.
+    Mma(Tile),
 }
 
 impl LowBitPlan {
@@ -134,11 +135,7 @@ impl LowBitPlan {
             mma_codes_supported(Format::Fp8, problem.value_dim(), factors, device)?;
         }
         // Codes take half the room of 16 bits.
-        let tile = mma_tile(&needs(problem, formats, 2), factors, device)?;
-        Ok(Self {
-            engine: EngineKind::Mma,
-            tile,
-        })
+        mma_tile(&needs(problem, formats, 2), factors, device).map(Self::Mma)
     }
 
     /// The plan for the portable engine.
@@ -151,12 +148,9 @@ impl LowBitPlan {
         formats: LowBitFormats,
     ) -> Result<Self, &'static str> {
         // Codes take a quarter of the room of f32.
-        let tile = simt_tile(&needs(problem, formats, 4), &device.hardware)
-            .ok_or("no tile of these head dimensions fits the shared memory")?;
-        Ok(Self {
-            engine: EngineKind::Simt,
-            tile,
-        })
+        simt_tile(&needs(problem, formats, 4), &device.hardware)
+            .map(Self::Simt)
+            .ok_or("no tile of these head dimensions fits the shared memory")
     }
 
     /// The fastest of them.
@@ -185,7 +179,8 @@ impl LowBitPlan {
     ) -> Result<(), ProblemError> {
         let device = client.properties();
         expect_bindings(device, "low-bit attention", 13)?;
-        let iterations = loop_iterations(problem, self.tile, list);
+        let (Self::Simt(tile) | Self::Mma(tile)) = *self;
+        let iterations = loop_iterations(problem, tile, list);
         expect_loop_budget(device, "low-bit attention", iterations)?;
         prepare::expect_budget(client, problem)
     }
@@ -193,7 +188,10 @@ impl LowBitPlan {
 
 impl fmt::Display for LowBitPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.engine, self.tile)
+        match self {
+            Self::Simt(tile) => write!(f, "simt {tile}"),
+            Self::Mma(tile) => write!(f, "mma {tile}"),
+        }
     }
 }
 
@@ -231,25 +229,13 @@ pub fn launch_low_bit(
     check_forward(client, problem, &inputs, &outputs)?;
     expect_low_bit(problem)?;
     plan.expect_device(client, problem, inputs.list)?;
-    match plan.engine {
-        EngineKind::Simt => launch::<Simt>(
-            client,
-            problem,
-            plan.tile,
-            inputs,
-            outputs,
-            formats,
-            [4, 4, 1],
-        ),
-        EngineKind::Mma | EngineKind::MmaTf32 => launch::<Mma>(
-            client,
-            problem,
-            plan.tile,
-            inputs,
-            outputs,
-            formats,
-            [8, 2, 4],
-        ),
+    match *plan {
+        LowBitPlan::Simt(tile) => {
+            launch::<Simt>(client, problem, tile, inputs, outputs, formats, [4, 4, 1])
+        }
+        LowBitPlan::Mma(tile) => {
+            launch::<Mma>(client, problem, tile, inputs, outputs, formats, [8, 2, 4])
+        }
     }
 }
 
