@@ -8,11 +8,11 @@ use std::process::ExitCode;
 
 use cubesla::plan::{ForwardEngine, ForwardPlan};
 use cubesla::{
-    AttentionOptions, AttentionOutput, AttentionProblem, Causal, Client, Critical, DType,
-    FeatureMap, Format, Granularity, InverseBlockList, LinearMode, Precision, RouterOptions,
-    TopKOrder, block_sparse_attention, block_sparse_attention_backward, dynamic_matmul,
-    fake_quantize, linear_attention, low_bit_attention, low_bit_attention_backward, quantize,
-    quantized_matmul, quantized_matmul_backward, route, select_blocks, soft_top_k,
+    AttentionOptions, AttentionOutput, AttentionProblem, BlockList, Causal, Client, Critical,
+    DType, DeviceTensor, FeatureMap, Format, Granularity, InverseBlockList, LinearMode, Precision,
+    RouterOptions, TopKOrder, block_sparse_attention, block_sparse_attention_backward, download,
+    dynamic_matmul, fake_quantize, linear_attention, low_bit_attention, low_bit_attention_backward,
+    quantize, quantized_matmul, quantized_matmul_backward, route, select_blocks, soft_top_k,
     soft_top_k_backward, top_k, upload, weight_only_matmul,
 };
 use cubesla_kernels::FactorType;
@@ -50,6 +50,20 @@ fn main() -> ExitCode {
     // Kernels are compiled on the device's thread, which ends with the program.
     cubesla::sync(&client).expect("every kernel to be launched");
     ExitCode::SUCCESS
+}
+
+/// A kernel that does not compile is found out where what it should have computed is read.
+fn expect_computed<const R: usize>(client: &Client, result: &DeviceTensor<R>) {
+    download(client, result).expect("kernels that compile");
+}
+
+/// The same of a list.
+fn expect_list(client: &Client, list: &BlockList) {
+    for words in [list.counts(), list.indices()] {
+        client
+            .read_one(words.clone())
+            .expect("kernels that compile");
+    }
 }
 
 /// Attention with every engine, forward and backward, with its lists.
@@ -165,14 +179,18 @@ fn compile_sla(client: &Client, case: &SlaCase) {
     };
     low_bit.run(client, &inputs, true);
     let ([q, k, v], _) = case.attention.upload_inputs(client, &inputs);
-    linear_attention(client, &q, &k, &v, case.phi, false).expect("a valid call");
-    linear_attention(client, &q, &q, &q, case.phi, true).expect("a valid call");
+    let plain = linear_attention(client, &q, &k, &v, case.phi, false).expect("a valid call");
+    let causal = linear_attention(client, &q, &q, &q, case.phi, true).expect("a valid call");
+    for out in [plain, causal] {
+        expect_computed(client, &out);
+    }
     let options = AttentionOptions {
         block_q: 128,
         block_k: 32,
         ..AttentionOptions::default()
     };
-    route(client, &q, &k, &options, &RouterOptions::sla()).expect("a valid call");
+    let routed = route(client, &q, &k, &options, &RouterOptions::sla()).expect("a valid call");
+    expect_list(client, &routed.critical);
 }
 
 /// Selections from rows.
@@ -186,12 +204,15 @@ fn compile_selection(client: &Client) {
             max: 20,
         };
         for critical in [Critical::Count(4), mass] {
-            select_blocks(client, &scores, critical, 8).expect("a valid call");
+            let selection = select_blocks(client, &scores, critical, 8).expect("a valid call");
+            expect_list(client, &selection.critical);
         }
         let soft = soft_top_k(client, &scores, 0.1, 0.1).expect("a valid call");
-        soft_top_k_backward(client, &soft, &scores, 0.1).expect("a valid call");
+        let gradient = soft_top_k_backward(client, &soft, &scores, 0.1).expect("a valid call");
+        expect_computed(client, &gradient);
         let rows = upload(client, &vec![0.0; 2 * len], [2, len], DType::F32).unwrap();
-        top_k(client, &rows, 8, TopKOrder::Value).expect("a valid call");
+        let largest = top_k(client, &rows, 8, TopKOrder::Value).expect("a valid call");
+        expect_computed(client, &largest.values);
     }
 }
 
@@ -221,10 +242,15 @@ fn compile_widths_of_hopper(client: &Client) {
         let (q, k, v, options) = (&q, &k, &v, &case.options);
         let AttentionOutput { out, lse } =
             block_sparse_attention(client, q, k, v, &list, options).expect("a valid call");
-        block_sparse_attention_backward(client, q, k, v, &out, &lse, &out, &list, options)
-            .expect("a valid call");
+        let gradients =
+            block_sparse_attention_backward(client, q, k, v, &out, &lse, &out, &list, options)
+                .expect("a valid call");
+        for computed in [&out, &gradients.dq, &gradients.dk, &gradients.dv] {
+            expect_computed(client, computed);
+        }
         for formats in FORMATS {
-            low_bit_attention(client, q, k, v, &list, options, formats).expect("a valid call");
+            let low = low_bit_attention(client, q, k, v, &list, options, formats);
+            expect_computed(client, &low.expect("a valid call").out);
         }
     }
 }
@@ -253,8 +279,13 @@ fn compile_low_bit_attention(client: &Client) {
             let (q, k, v, options) = (&q, &k, &v, &case.options);
             let AttentionOutput { out, lse } =
                 low_bit_attention(client, q, k, v, &list, options, formats).expect("a valid call");
-            low_bit_attention_backward(client, q, k, v, &out, &lse, &out, &list, options, formats)
-                .expect("a valid call");
+            let gradients = low_bit_attention_backward(
+                client, q, k, v, &out, &lse, &out, &list, options, formats,
+            )
+            .expect("a valid call");
+            for computed in [&out, &gradients.dq, &gradients.dk, &gradients.dv] {
+                expect_computed(client, computed);
+            }
         }
     }
 }
@@ -283,7 +314,8 @@ fn compile_large_products(client: &Client) {
             };
             let (x, w) = (quantized(rows, x), quantized(256, w));
             for dtype in [DType::F32, DType::F16, DType::BF16] {
-                quantized_matmul(client, &x, &w, bias, dtype).expect("a valid call");
+                let y = quantized_matmul(client, &x, &w, bias, dtype).expect("a valid call");
+                expect_computed(client, &y);
             }
         }
     }
@@ -310,16 +342,19 @@ fn compile_low_bits(client: &Client) {
                 (Format::Int4, true),
                 (Format::Fp8, false),
             ] {
-                fake_quantize(client, &w, format, granularity, zero_point).expect("a valid call");
+                let near = fake_quantize(client, &w, format, granularity, zero_point);
+                expect_computed(client, &near.expect("a valid call"));
                 if granularity != Granularity::Row {
                     continue;
                 }
                 let low = quantize(client, &w, format, granularity, zero_point).unwrap();
                 for rows in [1, 16, 64, 1024] {
                     let x = zeros(rows).unwrap();
-                    weight_only_matmul(client, &x, &low, None, dtype).expect("a valid call");
-                    if format == Format::Int8 && !zero_point {
-                        dynamic_matmul(client, &x, &low, None, dtype).expect("a valid call");
+                    let y = weight_only_matmul(client, &x, &low, None, dtype);
+                    expect_computed(client, &y.expect("a valid call"));
+                    if format != Format::Int4 && !zero_point {
+                        let y = dynamic_matmul(client, &x, &low, None, dtype);
+                        expect_computed(client, &y.expect("a valid call"));
                     }
                 }
                 // Columns enough for wide cubes.
@@ -331,16 +366,21 @@ fn compile_low_bits(client: &Client) {
                     zero_point,
                 );
                 let x = zeros(1).unwrap();
-                weight_only_matmul(client, &x, &wide.unwrap(), None, dtype).expect("a valid call");
+                let y = weight_only_matmul(client, &x, &wide.unwrap(), None, dtype);
+                expect_computed(client, &y.expect("a valid call"));
                 let dy = upload(client, &vec![0.0; 16 * 1024], [16, 1024], dtype).unwrap();
-                quantized_matmul_backward(client, &dy, &low).expect("a valid call");
+                let dx = quantized_matmul_backward(client, &dy, &low).expect("a valid call");
+                expect_computed(client, &dx);
             }
         }
         // Scales that change along the sum.
-        let blocks = quantize(client, &w, Format::Int8, Granularity::Block, false).unwrap();
-        for rows in [16, 1024] {
-            let x = zeros(rows).unwrap();
-            dynamic_matmul(client, &x, &blocks, None, dtype).expect("a valid call");
+        for format in [Format::Int8, Format::Fp8] {
+            let blocks = quantize(client, &w, format, Granularity::Block, false).unwrap();
+            for rows in [16, 1024] {
+                let x = zeros(rows).unwrap();
+                let y = dynamic_matmul(client, &x, &blocks, None, dtype).expect("a valid call");
+                expect_computed(client, &y);
+            }
         }
     }
 }

@@ -12,15 +12,19 @@ use crate::bench::host::{HostTensor, Random};
 use crate::error::Error;
 
 /// `(variant, [M, N, K])`.
-pub const LARGE: [(&str, [usize; 3]); 4] = [
+pub const LARGE: [(&str, [usize; 3]); 6] = [
     ("int8", [8192, 8192, 8192]),
     ("fp8", [8192, 8192, 8192]),
+    ("int8", [16, 8192, 8192]),
+    ("fp8", [16, 8192, 8192]),
     ("w4a16", [1, 8192, 8192]),
     ("w4a16", [16, 4096, 4096]),
 ];
-const SMALL: [(&str, [usize; 3]); 4] = [
+const SMALL: [(&str, [usize; 3]); 6] = [
     ("int8", [256, 256, 512]),
     ("fp8", [256, 256, 512]),
+    ("int8", [16, 512, 512]),
+    ("fp8", [16, 512, 512]),
     ("w4a16", [1, 1024, 1024]),
     ("w4a16", [16, 512, 512]),
 ];
