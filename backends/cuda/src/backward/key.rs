@@ -13,6 +13,7 @@ use super::walk::Walk;
 use crate::forward::config::{Place, tile_bytes};
 use crate::forward::epilogue::stage_group;
 use crate::forward::producer::Source;
+use crate::ptx::tma::L2;
 use crate::ptx::wgmma::Products;
 use crate::ptx::{backward, barrier, math, tma, wgmma};
 
@@ -386,6 +387,7 @@ fn store(map: u64, from: u32, first_key: u32, #[comptime] config: KeyConfig) {
             first_key,
             CUBE_POS_Y,
             CUBE_POS_Z,
+            L2::Normal,
         );
     }
 }

@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use super::config::Memory;
 use super::kernel::{ForwardConfig, ForwardScalars, Item};
 use super::softmax::{Row, RowPair, quad_sum, upper_query};
+use crate::ptx::tma::L2;
 use crate::ptx::{barrier, math, tma, wgmma};
 
 /// Normalises the accumulator, and stores it and the log-sum-exp.
@@ -48,13 +49,14 @@ pub(crate) fn store_staged(out: u64, staging: u32, item: Item, #[comptime] confi
     if UNIT_POS % 128 == 0 {
         #[unroll]
         for box_index in 0..comptime!(config.tile.value_dim.div_ceil(64)) {
-            tma::store_once(
+            tma::store(
                 staging + comptime!(box_index as u32 * 64 * 128),
                 out,
                 comptime!(box_index as u32 * 64),
                 item.first_query + warpgroup % comptime!(config.tile.consumers as u32) * 64,
                 item.head,
                 item.batch,
+                L2::EvictFirst,
             );
         }
         tma::commit_stores();

@@ -6,6 +6,7 @@ use cubesla_kernels::block_list::{BlockListView, BlockWeightsView, Span};
 
 use super::config::{Memory, Place, next_note};
 use super::kernel::{ForwardConfig, ForwardScalars, Item, Work};
+use crate::ptx::tma::L2;
 use crate::ptx::{barrier, math, tma, value};
 
 /// Loads the queries of each item and the keys and values of each tile as soon as there is room, so
@@ -86,13 +87,15 @@ impl Producer {
         let full = memory.query_full(slot);
         let bytes = comptime!(tile.query_bytes() as u32);
         barrier::arrive_expect(full, bytes);
-        source.load_once(
+        // No other item reads them: the L2 cache is left to keys and values.
+        source.load_through(
             memory.queries + slot * bytes,
             self.q,
             full,
             item.first_query,
             tile.rows(),
             tile.head_dim,
+            L2::EvictFirst,
         );
         self.note = next_note(self.note);
     }
@@ -205,10 +208,9 @@ pub(crate) struct Keys {
 #[cube]
 impl Keys {
     pub fn new(tile: Span) -> Keys {
-        let first = tile.first;
         Keys {
-            first,
-            count: max(tile.end, first) - first,
+            first: tile.first,
+            count: tile.rows(),
         }
     }
 
@@ -271,16 +273,11 @@ impl Source {
         #[comptime] rows: usize,
         #[comptime] width: usize,
     ) {
-        #[unroll]
-        for box_index in 0..comptime!(width.div_ceil(64)) {
-            let column = comptime!(box_index as u32 * 64);
-            let to = to + comptime!((box_index * rows * 128) as u32);
-            tma::load(to, map, full, column, row, self.head, self.batch);
-        }
+        self.load_through(to, map, full, row, rows, width, L2::Normal);
     }
 
-    /// The same of rows that no other item reads, so that keys and values stay in the L2 cache.
-    pub fn load_once(
+    /// The same with another say on what the L2 cache keeps.
+    fn load_through(
         &self,
         to: u32,
         map: u64,
@@ -288,12 +285,13 @@ impl Source {
         row: u32,
         #[comptime] rows: usize,
         #[comptime] width: usize,
+        #[comptime] l2: L2,
     ) {
         #[unroll]
         for box_index in 0..comptime!(width.div_ceil(64)) {
             let column = comptime!(box_index as u32 * 64);
             let to = to + comptime!((box_index * rows * 128) as u32);
-            tma::load_once(to, map, full, column, row, self.head, self.batch);
+            tma::load(to, map, full, column, row, self.head, self.batch, l2);
         }
     }
 }

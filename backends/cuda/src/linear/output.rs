@@ -12,6 +12,7 @@ use crate::forward::config::{WgmmaTile, tile_bytes};
 use crate::forward::epilogue::{inverse, stage_group};
 use crate::forward::producer::Source;
 use crate::ptx::linear::passes;
+use crate::ptx::tma::L2;
 use crate::ptx::{barrier, linear, tma, wgmma};
 
 /// What the kernel is compiled for.
@@ -195,6 +196,7 @@ pub(crate) fn linear_output_wgmma<F: Float>(
                         item.tile * rows + warpgroup * 64,
                         item.head,
                         item.batch,
+                        L2::Normal,
                     );
                 }
                 tma::commit_stores();

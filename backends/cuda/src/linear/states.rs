@@ -12,6 +12,7 @@ use super::phi::map_keys;
 use super::ring::{Ring, StateTile};
 use crate::forward::config::Place;
 use crate::forward::producer::Source;
+use crate::ptx::tma::L2;
 use crate::ptx::{barrier, linear, tma, wgmma};
 
 /// What the kernel is compiled for.
@@ -155,6 +156,7 @@ fn map_and_add_tiles(
                         row,
                         source.head,
                         source.batch,
+                        L2::Normal,
                     );
                 }
                 tma::commit_stores();

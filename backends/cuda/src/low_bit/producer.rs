@@ -9,6 +9,7 @@ use super::kernel::Scales;
 use crate::forward::config::{Memory, Place, next_note};
 use crate::forward::kernel::{ForwardScalars, Work};
 use crate::forward::producer::{Keys, Source};
+use crate::ptx::tma::L2;
 use crate::ptx::{barrier, math, tma};
 
 /// Loads the queries of each item and the keys and values of each tile as soon as there is room.
@@ -49,6 +50,7 @@ pub(super) fn produce<V: Numeric>(
             item.first_query,
             item.head,
             item.batch,
+            L2::Normal,
         );
         let source = Source {
             head: item.head / scalars.group,
@@ -74,7 +76,16 @@ pub(super) fn produce<V: Numeric>(
             let full = memory.key_full(place.stage);
             barrier::arrive_expect(full, comptime!(tile.key_bytes() as u32));
             let to = memory.keys + place.stage * comptime!(tile.key_bytes() as u32);
-            tma::load(to, k, full, 0u32, keys.first, source.head, source.batch);
+            tma::load(
+                to,
+                k,
+                full,
+                0u32,
+                keys.first,
+                source.head,
+                source.batch,
+                L2::Normal,
+            );
 
             barrier::wait(memory.value_empty(place.stage), place.parity ^ 1);
             let full = memory.value_full(place.stage);
@@ -82,7 +93,16 @@ pub(super) fn produce<V: Numeric>(
             let to = memory.values + place.stage * comptime!(config.value_bytes() as u32);
             if comptime!(config.fp8) {
                 let column = keys.first / 4;
-                tma::load(to, v, full, column, 0u32, source.head, source.batch);
+                tma::load(
+                    to,
+                    v,
+                    full,
+                    column,
+                    0u32,
+                    source.head,
+                    source.batch,
+                    L2::Normal,
+                );
             } else {
                 source.load(to, v, full, keys.first, tile.keys, tile.value_dim);
             }

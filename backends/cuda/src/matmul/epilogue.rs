@@ -6,6 +6,7 @@ use cubesla_kernels::DType;
 use super::config::{COLUMNS, MatmulTile, Memory};
 use super::consumer::unit_row;
 use super::kernel::{Item, MatmulScalars};
+use crate::ptx::tma::L2;
 use crate::ptx::{barrier, math, matmul, tma};
 
 /// Stores the warpgroup's rows of a tile with bulk copies, which leave out what is past the ends and
@@ -52,7 +53,7 @@ pub(crate) fn store(
         barrier::sync_named(warpgroup + 1, 128u32);
         if UNIT_POS % 128 == 0 {
             let row = item.row + warpgroup * 64;
-            tma::store(staging, out, column, row, 0u32, 0u32);
+            tma::store(staging, out, column, row, 0u32, 0u32, L2::Normal);
             tma::commit_stores();
         }
     }

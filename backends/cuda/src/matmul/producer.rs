@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use super::config::{MatmulTile, Memory, ROWS};
 use super::kernel::{Item, MatmulScalars, first_item, item_stride, rank};
 use crate::forward::config::Place;
+use crate::ptx::tma::L2;
 use crate::ptx::{barrier, tma};
 
 /// Loads the tiles of each step as soon as there is room, so that it runs ahead into the next item.
@@ -32,7 +33,7 @@ pub(crate) fn produce(
             let full = memory.full(place.stage);
             barrier::arrive_expect(full, x_bytes + w_bytes);
             let to = memory.x + place.stage * x_bytes;
-            tma::load(to, x, full, word, item.row, 0u32, 0u32);
+            tma::load(to, x, full, word, item.row, 0u32, 0u32, L2::Normal);
             let to = memory.w + place.stage * w_bytes;
             if comptime!(tile.cluster > 1) {
                 let half = rank(tile);
@@ -40,9 +41,18 @@ pub(crate) fn produce(
                 let row = item.column + half * rows;
                 tma::load_to_both(to, w, full, word, row, 0u32, 0u32);
             } else {
-                tma::load(to, w, full, word, item.column, 0u32, 0u32);
+                tma::load(to, w, full, word, item.column, 0u32, 0u32, L2::Normal);
                 let to = to + comptime!(tile.box_bytes() as u32);
-                tma::load(to, w, full, word, item.column + rows, 0u32, 0u32);
+                tma::load(
+                    to,
+                    w,
+                    full,
+                    word,
+                    item.column + rows,
+                    0u32,
+                    0u32,
+                    L2::Normal,
+                );
             }
             place.advance();
         }

@@ -8,24 +8,34 @@ use cubecl::prelude::*;
 
 use super::value;
 
+/// What the L2 cache makes of the lines of a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum L2 {
+    /// Kept as long as others.
+    Normal,
+    /// Given up first: no one reads them again.
+    EvictFirst,
+}
+
+impl L2 {
+    /// What comes before a copy, the modifier of its instruction, its operand, and what comes after it.
+    fn parts(self) -> [&'static str; 4] {
+        match self {
+            Self::Normal => ["", "", "", ""],
+            Self::EvictFirst => [
+                "{ .reg .b64 first; createpolicy.fractional.L2::evict_first.b64 first, 1.0; ",
+                ".L2::cache_hint",
+                ", first",
+                " }",
+            ],
+        }
+    }
+}
+
 /// Begins to load the box at `(column, row, head, batch)` to shared address `to`; its bytes count
 /// towards the phase of `barrier`.
 #[cube]
-pub(crate) fn load(to: u32, map: u64, barrier: u32, column: u32, row: u32, head: u32, batch: u32) {
-    let (to, map, barrier) = (value::<u32>(to), value::<u64>(map), value::<u32>(barrier));
-    let (column, row) = (value::<u32>(column), value::<u32>(row));
-    let (head, batch) = (value::<u32>(head), value::<u32>(batch));
-    gpu_asm!(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes \
-         [{to}], [{map}, {{{column}, {row}, {head}, {batch}}}], [{barrier}];",
-        to = in(_) to, map = in(_) map, column = in(_) column, row = in(_) row,
-        head = in(_) head, batch = in(_) batch, barrier = in(_) barrier
-    );
-}
-
-/// As [`load`], of what is read once: the L2 cache gives it up first.
-#[cube]
-pub(crate) fn load_once(
+pub(crate) fn load(
     to: u32,
     map: u64,
     barrier: u32,
@@ -33,17 +43,18 @@ pub(crate) fn load_once(
     row: u32,
     head: u32,
     batch: u32,
+    #[comptime] l2: L2,
 ) {
     let (to, map, barrier) = (value::<u32>(to), value::<u64>(map), value::<u32>(barrier));
     let (column, row) = (value::<u32>(column), value::<u32>(row));
     let (head, batch) = (value::<u32>(head), value::<u32>(batch));
+    let [before, hint, policy, after] = comptime!(l2.parts());
     gpu_asm!(
-        "{{ .reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0; \
-         cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes\
-         .L2::cache_hint \
-         [{to}], [{map}, {{{column}, {row}, {head}, {batch}}}], [{barrier}], once; }}",
+        "{before}cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes{hint} \
+         [{to}], [{map}, {{{column}, {row}, {head}, {batch}}}], [{barrier}]{policy};{after}",
         to = in(_) to, map = in(_) map, column = in(_) column, row = in(_) row,
-        head = in(_) head, batch = in(_) batch, barrier = in(_) barrier
+        head = in(_) head, batch = in(_) batch, barrier = in(_) barrier,
+        before = const before, hint = const hint, policy = const policy, after = const after
     );
 }
 
@@ -74,30 +85,25 @@ pub(crate) fn load_to_both(
 
 /// Begins to store the box at shared address `from` to `(column, row, head, batch)`.
 #[cube]
-pub(crate) fn store(from: u32, map: u64, column: u32, row: u32, head: u32, batch: u32) {
+pub(crate) fn store(
+    from: u32,
+    map: u64,
+    column: u32,
+    row: u32,
+    head: u32,
+    batch: u32,
+    #[comptime] l2: L2,
+) {
     let (from, map) = (value::<u32>(from), value::<u64>(map));
     let (column, row) = (value::<u32>(column), value::<u32>(row));
     let (head, batch) = (value::<u32>(head), value::<u32>(batch));
+    let [before, hint, policy, after] = comptime!(l2.parts());
     gpu_asm!(
-        "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group \
-         [{map}, {{{column}, {row}, {head}, {batch}}}], [{from}];",
+        "{before}cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group{hint} \
+         [{map}, {{{column}, {row}, {head}, {batch}}}], [{from}]{policy};{after}",
         map = in(_) map, column = in(_) column, row = in(_) row, head = in(_) head,
-        batch = in(_) batch, from = in(_) from
-    );
-}
-
-/// As [`store`], of what is not read again: the L2 cache gives it up first.
-#[cube]
-pub(crate) fn store_once(from: u32, map: u64, column: u32, row: u32, head: u32, batch: u32) {
-    let (from, map) = (value::<u32>(from), value::<u64>(map));
-    let (column, row) = (value::<u32>(column), value::<u32>(row));
-    let (head, batch) = (value::<u32>(head), value::<u32>(batch));
-    gpu_asm!(
-        "{{ .reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0; \
-         cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group.L2::cache_hint \
-         [{map}, {{{column}, {row}, {head}, {batch}}}], [{from}], once; }}",
-        map = in(_) map, column = in(_) column, row = in(_) row, head = in(_) head,
-        batch = in(_) batch, from = in(_) from
+        batch = in(_) batch, from = in(_) from,
+        before = const before, hint = const hint, policy = const policy, after = const after
     );
 }
 

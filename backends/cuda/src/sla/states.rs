@@ -16,6 +16,7 @@ use crate::forward::epilogue::stage_group;
 use crate::forward::producer::Source;
 use crate::linear::ring::{Ring, StateTile};
 use crate::linear::states::add_tiles;
+use crate::ptx::tma::L2;
 use crate::ptx::{barrier, linear, math, tma, wgmma};
 
 /// What the kernel is compiled for.
@@ -250,6 +251,7 @@ fn store_state(
                 warpgroup * 64,
                 CUBE_POS_X,
                 target.head_index,
+                L2::Normal,
             );
         }
         tma::commit_stores();
