@@ -12,6 +12,14 @@ pub struct Span {
     pub end: u32,
 }
 
+#[cube]
+impl Span {
+    /// How many rows there are.
+    pub fn rows(&self) -> u32 {
+        max(self.end, self.first) - self.first
+    }
+}
+
 /// A walk over the rows of a list's blocks, tile by tile.
 #[cube]
 pub trait Walk: CubeType + Sized {

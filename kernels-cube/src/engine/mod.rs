@@ -25,8 +25,7 @@ mod vectors;
 
 pub use codes::CodeEngine;
 pub(crate) use mma::{
-    CodeProduct, CodeSums, CodeTile, Four, Fp8, Int8, Sixteen, mma_codes_supported,
-    mma_fp8_supported, mma_supported,
+    CodeProduct, CodeSums, CodeTile, Four, Fp8, Int8, Sixteen, mma_codes_supported, mma_supported,
 };
 pub use mma::{Mma, MmaTf32, mma_tile, mma_tiles};
 pub use simt::{Simt, simt_tile, simt_tiles};

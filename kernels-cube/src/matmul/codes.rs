@@ -11,11 +11,10 @@ use super::integer::step;
 use super::{Product, sums_integers};
 use crate::engine::{
     CodeProduct, CodeSums, CodeTile, Four, Fp8, Int8, Sixteen, copies, mma_codes_supported,
-    mma_fp8_supported,
 };
-use crate::limits::{expect_loop_budget, grid};
+use crate::limits::expect_loop_budget;
 use crate::quantize::{Format, Granularity, QuantizedTensor, Regions};
-use crate::{DType, FactorType, ProblemError};
+use crate::{DType, ProblemError};
 
 /// Tiles in shared memory at once.
 const STAGES: usize = 3;
@@ -116,15 +115,11 @@ fn plan<const R: usize>(
     bias: bool,
 ) -> Result<(usize, CodesConfig), ProblemError> {
     let [rows, len] = x.matrix();
-    let reach = [
-        x.granularity().region(x.matrix())[1],
-        w.granularity().region(w.matrix())[1],
-    ];
     let fp8 = x.format() == Format::Fp8;
     let step = if fp8 {
-        reach[0].min(reach[1]).min(len)
+        x.scale_len().min(w.scale_len()).min(len)
     } else {
-        step(reach[0], reach[1], len)?
+        step(x.scale_len(), w.scale_len(), len)?
     };
     Ok((step, CodesConfig::new(rows, step < len, fp8, bias)))
 }
@@ -137,20 +132,20 @@ pub(super) fn takes<const R: usize>(
     dtype: DType,
 ) -> bool {
     let fp8 = x.format() == Format::Fp8 && w.format() == Format::Fp8;
-    let supported = if fp8 {
+    let takes = if fp8 {
         // What is left of their sums is enough for 16 bits.
-        mma_fp8_supported(device).is_ok()
-            && dtype != DType::F32
-            && x.granularity() != Granularity::Column
+        dtype != DType::F32 && x.granularity() != Granularity::Column
     } else {
         sums_integers(x, w)
-            && mma_codes_supported(Format::Int8, 16, FactorType::F16, device).is_ok()
     };
     let fits = |(step, config): (usize, CodesConfig)| {
         (!config.grouped || step.is_multiple_of(16 * config.depth))
             && config.shared_memory() <= device.hardware.max_shared_memory_size
     };
-    supported && w.words_per_row().is_multiple_of(4) && plan(x, w, false).is_ok_and(fits)
+    takes
+        && mma_codes_supported(w.format(), device).is_ok()
+        && w.words_per_row().is_multiple_of(4)
+        && plan(x, w, false).is_ok_and(fits)
 }
 
 pub(super) fn launch<const R: usize>(
@@ -164,14 +159,7 @@ pub(super) fn launch<const R: usize>(
     let device = client.properties();
     let tiles = len.div_ceil(16 * config.depth);
     expect_loop_budget(device, "a product of 8 bits", tiles)?;
-    let grid = grid(
-        device,
-        [
-            ("tiles of columns", columns.div_ceil(config.columns())),
-            ("tiles of rows", rows.div_ceil(config.rows())),
-            ("", 1),
-        ],
-    )?;
+    let grid = product.grid(device, [config.rows(), config.columns()])?;
     let launch = match config.fp8 {
         false => code_matmul::launch_unchecked::<Int8>,
         true => code_matmul::launch_unchecked::<Fp8>,

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::integer::store;
 use super::{Product, SIDE, TileConfig, UNITS};
-use crate::limits::{expect_loop_budget, grid};
+use crate::limits::expect_loop_budget;
 use crate::quantize::{Format, Regions, number};
 use crate::{DeviceTensor, ProblemError};
 
@@ -46,14 +46,7 @@ pub(super) fn launch(
     let loads = (tile.rows() + tile.columns()) * DEPTH / UNITS + 1;
     let iterations = len.div_ceil(DEPTH) * (1 + DEPTH + 8 * loads);
     expect_loop_budget(device, "a product with low-bit weights", iterations)?;
-    let grid = grid(
-        device,
-        [
-            ("tiles of columns", columns.div_ceil(tile.columns())),
-            ("tiles of rows", rows.div_ceil(tile.rows())),
-            ("", 1),
-        ],
-    )?;
+    let grid = product.grid(device, [tile.rows(), tile.columns()])?;
     // SAFETY: elements past the ends read as 0, and results past them are not stored.
     unsafe {
         decoded_matmul::launch_unchecked(

@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::{Product, SIDE, TileConfig, UNITS};
-use crate::limits::{expect_loop_budget, grid};
+use crate::limits::expect_loop_budget;
 use crate::quantize::{QuantizedTensor, Regions};
 use crate::{DType, ProblemError};
 
@@ -49,11 +49,7 @@ pub(super) fn launch<const R: usize>(
     let [rows, columns, len] = product.size;
     let w = product.w;
     let config = TileConfig::new([rows, columns], product.bias.is_some());
-    let step = step(
-        x.granularity().region(x.matrix())[1],
-        w.granularity().region(w.matrix())[1],
-        len,
-    )?;
+    let step = step(x.scale_len(), w.scale_len(), len)?;
     let (tiles, steps) = (step.div_ceil(4 * WORDS), len.div_ceil(step));
     let device = client.properties();
     let loads = (config.rows() + config.columns()) * WORDS / UNITS;
@@ -62,14 +58,7 @@ pub(super) fn launch<const R: usize>(
         "an INT8 product",
         steps * (1 + tiles * (WORDS + 2 + loads)),
     )?;
-    let grid = grid(
-        device,
-        [
-            ("tiles of columns", columns.div_ceil(config.columns())),
-            ("tiles of rows", rows.div_ceil(config.rows())),
-            ("", 1),
-        ],
-    )?;
+    let grid = product.grid(device, [config.rows(), config.columns()])?;
     // SAFETY: words past the ends read as 0, and results past them are not stored.
     unsafe {
         integer_matmul::launch_unchecked(

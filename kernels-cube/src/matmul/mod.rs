@@ -26,9 +26,10 @@ mod rows;
 
 pub use problem::{LowBitForm, MatmulProblem};
 
+use cubecl::ir::DeviceProperties;
 use cubecl::prelude::*;
 
-use crate::limits::{expect_buffer, expect_dtype};
+use crate::limits::{expect_buffer, expect_dtype, grid};
 use crate::problem::{expect_f32, expect_shape};
 use crate::quantize::{
     Format, Granularity, QuantizedTensor, dequantize, expect_format, flattened, matrix_shape,
@@ -89,6 +90,24 @@ struct Product<'a> {
 }
 
 impl Product<'_> {
+    /// A cube to each tile of so many rows and columns of the result: x = tiles of columns, y = tiles of
+    /// rows.
+    fn grid(
+        &self,
+        device: &DeviceProperties,
+        [tile_rows, tile_columns]: [usize; 2],
+    ) -> Result<CubeCount, ProblemError> {
+        let [rows, columns, _] = self.size;
+        grid(
+            device,
+            [
+                ("tiles of columns", columns.div_ceil(tile_columns)),
+                ("tiles of rows", rows.div_ceil(tile_rows)),
+                ("", 1),
+            ],
+        )
+    }
+
     /// The bias as a kernel's argument; the scales where there is none, which are then not read.
     fn bias_arg(&self) -> BufferArg {
         match self.bias {
@@ -159,12 +178,7 @@ pub fn quantized_out<const R: usize>(
     let matrix = x.matrix();
     expect_shape("w", w.shape(), [w.shape()[0], matrix[1]])?;
     if sums_integers(x, w) && w.granularity() != Granularity::Column {
-        let reach = |granularity: Granularity, matrix| granularity.region(matrix)[1];
-        integer::step(
-            reach(x.granularity(), matrix),
-            reach(w.granularity(), w.matrix()),
-            matrix[1],
-        )?;
+        integer::step(x.scale_len(), w.scale_len(), matrix[1])?;
     }
     empty_out(client, x.shape(), w, bias, dtype)
 }

@@ -210,6 +210,11 @@ impl<const R: usize> QuantizedTensor<R> {
         self.granularity
     }
 
+    /// Neighbours in a row that share a scale.
+    pub(crate) fn scale_len(&self) -> usize {
+        self.granularity.region(self.matrix())[1]
+    }
+
     /// Words of a row.
     pub fn words_per_row(&self) -> usize {
         self.format.words_per_row(self.shape[R - 1])

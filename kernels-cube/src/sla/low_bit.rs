@@ -39,6 +39,7 @@ pub(super) struct SparseBranch {
 pub(super) fn sparse_branch(
     client: &Client,
     problem: &AttentionProblem,
+    plan: &LowBitPlan,
     inputs: SlaInputs<'_>,
     formats: LowBitFormats,
 ) -> Result<SparseBranch, ProblemError> {
@@ -52,7 +53,7 @@ pub(super) fn sparse_branch(
     launch_low_bit(
         client,
         problem,
-        &LowBitPlan::fastest(problem, client.properties(), formats)?,
+        plan,
         ForwardInputs {
             q,
             k,

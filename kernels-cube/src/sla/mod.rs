@@ -160,11 +160,15 @@ pub fn sla_forward(
     } = inputs;
     expect_bindings(client.properties(), "sparse-linear attention", 16)?;
     let formats = precision.formats();
-    if let Some(formats) = formats {
-        expect_low_bit(problem)?;
-        let plan = LowBitPlan::fastest(problem, client.properties(), formats)?;
-        plan.expect_device(client, problem, critical)?;
-    }
+    let low_bit = match formats {
+        None => None,
+        Some(formats) => {
+            expect_low_bit(problem)?;
+            let plan = LowBitPlan::fastest(problem, client.properties(), formats)?;
+            plan.expect_device(client, problem, critical)?;
+            Some((plan, formats))
+        }
+    };
     let (form, second) = match mode {
         LinearMode::Global => (LinearForm::Global, None),
         LinearMode::Complement => {
@@ -206,8 +210,8 @@ pub fn sla_forward(
     let second_width = second.as_ref().map_or(0, BlockList::width);
     let iterations = loop_iterations(problem, tile, critical.width() + second_width);
     expect_loop_budget(client.properties(), "sparse-linear attention", iterations)?;
-    let given = formats
-        .map(|formats| sparse_branch(client, problem, inputs, formats))
+    let given = low_bit
+        .map(|(plan, formats)| sparse_branch(client, problem, &plan, inputs, formats))
         .transpose()?;
 
     let (phi_k, states) = match form {

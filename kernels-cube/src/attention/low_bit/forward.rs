@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use crate::block_list::{BlockListView, KeyWalk, Span, Walk, WalkExpand};
+use crate::block_list::{BlockListView, KeyWalk, Walk, WalkExpand};
 use crate::engine::*;
 use crate::mask::{TileWindow, scale_and_mask};
 use crate::quantize::{Format, round_e4m3};
@@ -104,7 +104,7 @@ pub(super) fn low_bit_forward<E: CodeEngine<F>, F: Float, N: Size, V: Size, W: S
         if tiles > 0 {
             let keys = walk.tile(list, 0);
             let row = first_key_row + keys.first as usize;
-            E::begin_codes::<W>(&mut k_tile, k_words, row, live_rows(keys), tile);
+            E::begin_codes::<W>(&mut k_tile, k_words, row, keys.rows(), tile);
         }
         for t in 0..tiles {
             let keys = walk.tile(list, t);
@@ -112,7 +112,7 @@ pub(super) fn low_bit_forward<E: CodeEngine<F>, F: Float, N: Size, V: Size, W: S
             sync_cube();
             if config.fp8 {
                 let row = first_key_row + keys.first as usize;
-                E::load_numbers::<W>(&mut v_tile, v_words, row, live_rows(keys), tile);
+                E::load_numbers::<W>(&mut v_tile, v_words, row, keys.rows(), tile);
                 E::await_loads(0usize);
             } else {
                 let range = RowRange::new::<F, N>(v, batch, kv_head, keys.first, keys.end);
@@ -148,7 +148,7 @@ pub(super) fn low_bit_forward<E: CodeEngine<F>, F: Float, N: Size, V: Size, W: S
                 // No unit reads keys any more: the next come beside the product with the values.
                 let keys = walk.tile(list, t + 1);
                 let row = first_key_row + keys.first as usize;
-                E::begin_codes::<W>(&mut k_tile, k_words, row, live_rows(keys), tile);
+                E::begin_codes::<W>(&mut k_tile, k_words, row, keys.rows(), tile);
             }
             E::mul_nn(&mut acc, &weights, &v_tile);
         }
@@ -194,10 +194,4 @@ pub(super) fn low_bit_forward<E: CodeEngine<F>, F: Float, N: Size, V: Size, W: S
             }
         }
     }
-}
-
-/// Keys of a tile that exist.
-#[cube]
-fn live_rows(keys: Span) -> u32 {
-    max(keys.end, keys.first) - keys.first
 }

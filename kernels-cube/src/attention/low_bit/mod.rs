@@ -32,7 +32,8 @@ use prepare::{mean_key, quantize_blocks};
 use values::quantize_values;
 
 use crate::engine::{
-    CodeEngine, Mma, Simt, Tile, TileNeeds, mma_codes_supported, mma_tile, no_tile, simt_tile,
+    CodeEngine, Mma, Simt, Tile, TileNeeds, mma_codes_supported, mma_supported, mma_tile, no_tile,
+    simt_tile,
 };
 use crate::limits::{expect_bindings, expect_loop_budget, grid};
 use crate::quantize::Format;
@@ -130,9 +131,17 @@ impl LowBitPlan {
             return Err("it keeps weights and values in 16 bits");
         }
         let factors = problem.factors();
-        mma_codes_supported(formats.scores.format(), problem.head_dim(), factors, device)?;
-        if formats.values == LowBitValues::Fp8 {
-            mma_codes_supported(Format::Fp8, problem.value_dim(), factors, device)?;
+        mma_supported(factors, device)?;
+        // Values have codes in FP8 only.
+        let coded = match formats.values {
+            LowBitValues::Full => vec![problem.head_dim()],
+            LowBitValues::Fp8 => vec![problem.head_dim(), problem.value_dim()],
+        };
+        if coded.iter().any(|width| !width.is_multiple_of(16)) {
+            return Err("rows of codes are not whole vectors of 16 bytes");
+        }
+        if formats.scores == LowBitScores::Int8 {
+            mma_codes_supported(Format::Int8, device)?;
         }
         // Codes take half the room of 16 bits.
         mma_tile(&needs(problem, formats, 2), factors, device).map(Self::Mma)

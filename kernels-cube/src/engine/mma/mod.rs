@@ -20,7 +20,7 @@ pub use factors::{Factors, Order};
 pub use fragment::MmaFragment;
 pub use half::Half;
 pub use operand::MmaOperand;
-pub(crate) use sizes::{mma_codes_supported, mma_fp8_supported, mma_supported};
+pub(crate) use sizes::{mma_codes_supported, mma_supported};
 pub use sizes::{mma_tile, mma_tiles};
 pub use tf32::Tf32;
 

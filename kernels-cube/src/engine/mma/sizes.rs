@@ -25,21 +25,13 @@ pub(crate) fn mma_supported(
         }
     };
     let elem = factors.elem_type();
-    let config = MmaConfig {
-        a_type: elem,
-        b_type: elem,
-        cd_type: ElemType::Float(FloatKind::F32),
-        m: 16,
-        n: 8,
-        k,
-    };
-    let matmul = &device.features.matmul;
     // Rows of matrices are moved as 16 bytes of 16-bit elements whatever they hold.
     let moved = match factors {
         FactorType::BF16 => elem,
         _ => ElemType::Float(FloatKind::F16),
     };
-    if !matmul.mma.contains(&config) || !matmul.ldmatrix.contains(&moved) {
+    let sums = ElemType::Float(FloatKind::F32);
+    if !has_product(device, elem, sums, k) || !device.features.matmul.ldmatrix.contains(&moved) {
         return Err(missing);
     }
     if device.hardware.plane_size_min != 32 || device.hardware.plane_size_max != 32 {
@@ -51,49 +43,40 @@ pub(crate) fn mma_supported(
     Ok(())
 }
 
-/// Whether the device can multiply rows of `dim` codes of this format beside factors of this type, or why
-/// not.
+/// Whether the device can multiply codes of this 8-bit format as they are, or why not.
 pub(crate) fn mma_codes_supported(
     format: Format,
-    dim: usize,
-    factors: FactorType,
     device: &DeviceProperties,
 ) -> Result<(), &'static str> {
-    mma_supported(factors, device)?;
-    if !dim.is_multiple_of(16) {
-        return Err("rows of codes are not whole vectors of 16 bytes");
-    }
-    let int8 = ElemType::Int(IntKind::I8);
-    let config = MmaConfig {
-        a_type: int8,
-        b_type: int8,
-        cd_type: ElemType::Int(IntKind::I32),
-        m: 16,
-        n: 8,
-        k: 32,
+    mma_supported(FactorType::F16, device)?;
+    let (elem, sums, missing) = match format {
+        Format::Fp8 => (
+            ElemType::Float(FloatKind::E4M3),
+            ElemType::Float(FloatKind::F32),
+            "the device has no 16x8x32 product of FP8",
+        ),
+        Format::Int8 | Format::Int4 => (
+            ElemType::Int(IntKind::I8),
+            ElemType::Int(IntKind::I32),
+            "the device has no 16x8x32 product of INT8",
+        ),
     };
-    if format == Format::Int8 && !device.features.matmul.mma.contains(&config) {
-        return Err("the device has no 16x8x32 product of INT8");
+    if !has_product(device, elem, sums, 32) {
+        return Err(missing);
     }
     Ok(())
 }
 
-/// Whether the device can multiply FP8 codes as they are, or why not.
-pub(crate) fn mma_fp8_supported(device: &DeviceProperties) -> Result<(), &'static str> {
-    let fp8 = ElemType::Float(FloatKind::E4M3);
-    let config = MmaConfig {
-        a_type: fp8,
-        b_type: fp8,
-        cd_type: ElemType::Float(FloatKind::F32),
+/// Whether the device multiplies 16 rows by 8 columns, `k` of each.
+fn has_product(device: &DeviceProperties, elem: ElemType, sums: ElemType, k: u32) -> bool {
+    device.features.matmul.mma.contains(&MmaConfig {
+        a_type: elem,
+        b_type: elem,
+        cd_type: sums,
         m: 16,
         n: 8,
-        k: 32,
-    };
-    mma_supported(FactorType::F16, device)?;
-    if !device.features.matmul.mma.contains(&config) {
-        return Err("the device has no 16x8x32 product of FP8");
-    }
-    Ok(())
+        k,
+    })
 }
 
 /// The tile program of this engine, or why it cannot run.

@@ -17,7 +17,7 @@ use self::decode::{Origin, decode_pair};
 use self::operands::{Activations, Columns, Step};
 use super::Product;
 use crate::engine::mma_supported;
-use crate::limits::{expect_loop_budget, grid};
+use crate::limits::expect_loop_budget;
 use crate::quantize::{Format, QuantizedTensor, Regions};
 use crate::{DType, DeviceTensor, ProblemError};
 
@@ -124,7 +124,7 @@ pub(super) fn takes<const R: usize>(
     w: &QuantizedTensor<R>,
 ) -> bool {
     let [rows, len] = x.shape();
-    let scale_len = w.granularity().region(w.matrix())[1];
+    let scale_len = w.scale_len();
     rows <= MAX_ROWS
         && mma_supported(x.dtype().into(), device).is_ok()
         && x.is_aligned()
@@ -143,15 +143,8 @@ pub(super) fn launch(
     let config = MmaConfig::new(device, x, &product);
     let rounds = len.div_ceil(step_len(w.format()) * config.warps);
     expect_loop_budget(device, "a product with low-bit weights", rounds)?;
-    let grid = grid(
-        device,
-        [
-            ("tiles of columns", columns.div_ceil(config.columns())),
-            ("tiles of rows", rows.div_ceil(config.rows())),
-            ("", 1),
-        ],
-    )?;
-    let scale_len = w.granularity().region(w.matrix())[1];
+    let grid = product.grid(device, [config.rows(), config.columns()])?;
+    let scale_len = w.scale_len();
     let scale_shift = if scale_len >= len {
         31
     } else {
