@@ -85,21 +85,15 @@ impl ForwardPlan {
         problem: &AttentionProblem,
         device: &DeviceProperties,
     ) -> Result<Vec<Self>, ProblemError> {
-        let mut plans = Vec::new();
-        let mut passed_over = Vec::new();
-        for (name, candidate) in FORWARD {
-            match candidate(problem, device) {
-                Ok(engine) => plans.push(Self {
-                    engine,
-                    passed_over: passed_over.clone(),
-                }),
-                Err(reason) => passed_over.push((*name, reason)),
-            }
-        }
-        if plans.is_empty() {
-            return Err(no_plan(device, &passed_over));
-        }
-        Ok(plans)
+        let tried = FORWARD
+            .iter()
+            .map(|(name, try_new)| (*name, try_new(problem, device)));
+        let engines = runnable(device, tried)?;
+        let plan = |(engine, passed_over)| Self {
+            engine,
+            passed_over,
+        };
+        Ok(engines.into_iter().map(plan).collect())
     }
 
     /// The plans among which [`tuned`](Self::tuned) measures: that of [`new`](Self::new) first, then
@@ -219,12 +213,31 @@ fn write_passed_over(f: &mut fmt::Formatter<'_>, passed_over: &[(&str, &str)]) -
     write!(f, " ({})", reasons(passed_over))
 }
 
-/// The error of a problem that no engine can run.
-fn no_plan(device: &DeviceProperties, passed_over: &[(&str, &str)]) -> ProblemError {
-    ProblemError::NoPlan {
-        device: device.identity.name.clone(),
-        reason: reasons(passed_over),
+/// Engines, and why they cannot run a problem.
+type PassedOver = Vec<(&'static str, &'static str)>;
+
+/// Those of the `tried` engines that can run a problem, each with the ones before it that cannot.
+///
+/// # Errors
+/// [`ProblemError::NoPlan`] with every engine's reason, if none can.
+fn runnable<E>(
+    device: &DeviceProperties,
+    tried: impl Iterator<Item = (&'static str, Result<E, &'static str>)>,
+) -> Result<Vec<(E, PassedOver)>, ProblemError> {
+    let (mut engines, mut passed_over) = (Vec::new(), Vec::new());
+    for (name, engine) in tried {
+        match engine {
+            Ok(engine) => engines.push((engine, passed_over.clone())),
+            Err(reason) => passed_over.push((name, reason)),
+        }
     }
+    if engines.is_empty() {
+        return Err(ProblemError::NoPlan {
+            device: device.identity.name.clone(),
+            reason: reasons(&passed_over),
+        });
+    }
+    Ok(engines)
 }
 
 fn reasons(passed_over: &[(&str, &str)]) -> String {

@@ -9,10 +9,7 @@ use cubesla_kernels::linear::{FeatureMap, Gradients};
 use cubesla_kernels::sla::{self, SlaBackward, SlaGradients, SlaInputs, SlaSaved, SoftInputs};
 use cubesla_kernels::{AttentionProblem, DType, DeviceTensor, ProblemError};
 
-use super::write_passed_over;
-
-/// Engines, and why they cannot run a problem.
-type PassedOver = Vec<(&'static str, &'static str)>;
+use super::{PassedOver, write_passed_over};
 
 /// How the backward of block-sparse attention is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use cubecl::ir::DeviceProperties;
 use cubesla_kernels::attention::{self, ForwardInputs, ForwardOutputs, LowBitFormats};
 use cubesla_kernels::{AttentionProblem, ProblemError};
 
-use super::{no_plan, write_passed_over};
+use super::{runnable, write_passed_over};
 
 /// How block-sparse attention in low bits is run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,22 +71,16 @@ impl LowBitPlan {
         formats: LowBitFormats,
     ) -> Result<Vec<Self>, ProblemError> {
         attention::expect_low_bit(problem)?;
-        let mut plans = Vec::new();
-        let mut passed_over = Vec::new();
-        for (name, candidate) in ENGINES {
-            match candidate(problem, device, formats) {
-                Ok(engine) => plans.push(Self {
-                    engine,
-                    formats,
-                    passed_over: passed_over.clone(),
-                }),
-                Err(reason) => passed_over.push((*name, reason)),
-            }
-        }
-        if plans.is_empty() {
-            return Err(no_plan(device, &passed_over));
-        }
-        Ok(plans)
+        let tried = ENGINES
+            .iter()
+            .map(|(name, try_new)| (*name, try_new(problem, device, formats)));
+        let engines = runnable(device, tried)?;
+        let plan = |(engine, passed_over)| Self {
+            engine,
+            formats,
+            passed_over,
+        };
+        Ok(engines.into_iter().map(plan).collect())
     }
 
     /// Runs the plan. Nothing is launched if an argument is refused.

@@ -6,7 +6,7 @@ use cubesla_kernels::matmul::{self, MatmulProblem};
 use cubesla_kernels::quantize::QuantizedTensor;
 use cubesla_kernels::{DType, DeviceTensor, ProblemError};
 
-use super::write_passed_over;
+use super::{runnable, write_passed_over};
 
 /// How a product of low-bit matrices is run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,18 +46,15 @@ impl MatmulPlan {
 
     /// A plan for every engine that can run `problem`, fastest first: for comparing engines.
     pub fn all(problem: &MatmulProblem, device: &DeviceProperties) -> Vec<Self> {
-        let mut plans = Vec::new();
-        let mut passed_over = Vec::new();
-        for (name, candidate) in ENGINES {
-            match candidate(problem, device) {
-                Ok(engine) => plans.push(Self {
-                    engine,
-                    passed_over: passed_over.clone(),
-                }),
-                Err(reason) => passed_over.push((*name, reason)),
-            }
-        }
-        plans
+        let tried = ENGINES
+            .iter()
+            .map(|(name, try_new)| (*name, try_new(problem, device)));
+        let engines = runnable(device, tried).expect("the last engine takes everything");
+        let plan = |(engine, passed_over)| Self {
+            engine,
+            passed_over,
+        };
+        engines.into_iter().map(plan).collect()
     }
 
     /// Runs the plan; operands that its engine cannot multiply fall back to the portable kernels.
