@@ -1,5 +1,6 @@
 //! Small batched products in f32: pooled scores and the router's projections.
 
+use cubecl::ir::HardwareProperties;
 use cubecl::prelude::*;
 
 use crate::engine::*;
@@ -18,17 +19,7 @@ pub(crate) fn product(
     let [batch, heads, rows, dim] = a.shape();
     let [b_batch, b_heads, columns, _] = b.shape();
     let device = client.properties();
-    let needs = TileNeeds {
-        owned: vec![dim],
-        streamed: vec![dim],
-        accumulators: vec![],
-        lefts: 0,
-        max_rows: 64,
-        max_cols: 32,
-        max_stages: 1,
-        unit_bytes: 0,
-    };
-    let tile = simt_tile(&needs, &device.hardware).ok_or_else(|| ProblemError::NoPlan {
+    let tile = product_tile(dim, &device.hardware).ok_or_else(|| ProblemError::NoPlan {
         device: device.identity.name.clone(),
         reason: "no tile of pooled rows fits the shared memory".into(),
     })?;
@@ -57,6 +48,34 @@ pub(crate) fn product(
         );
     }
     Ok(out)
+}
+
+/// The largest tile that fits the device. One has twice the columns of those of attention: it is nothing but
+/// a product, whose units hold that many more sums for what they load.
+fn product_tile(dim: usize, hardware: &HardwareProperties) -> Option<Tile> {
+    let needs = TileNeeds {
+        owned: vec![dim],
+        streamed: vec![dim],
+        accumulators: vec![],
+        lefts: 0,
+        max_rows: 64,
+        max_cols: 32,
+        max_stages: 1,
+        unit_bytes: 0,
+    };
+    let wide = Tile {
+        rows: 64,
+        cols: 64,
+        units: 128,
+        stages: 1,
+    };
+    let fits = wide.units <= hardware.max_units_per_cube as usize
+        && simt_shared_memory(&needs, wide) <= hardware.max_shared_memory_size;
+    if fits {
+        Some(wide)
+    } else {
+        simt_tile(&needs, hardware)
+    }
 }
 
 /// Scalar arguments.
@@ -90,7 +109,7 @@ fn product_kernel<N: Size>(
     let mut right = <Simt as TileEngine<f32>>::operand(tile.cols, dim, tile);
     let mut scores = <Simt as TileEngine<f32>>::scores(tile);
     let range = RowRange::new::<f32, N>(a, batch, head, first_row, rows);
-    <Simt as TileEngine<f32>>::begin_load::<N>(&mut left, a, range, tile);
+    left.load_at_once::<f32, N>(a, range, tile);
     let range = RowRange::new::<f32, N>(
         b,
         batch * scalars.own_batch as usize,
@@ -98,7 +117,7 @@ fn product_kernel<N: Size>(
         first_column,
         columns,
     );
-    <Simt as TileEngine<f32>>::begin_load::<N>(&mut right, b, range, tile);
+    right.load_at_once::<f32, N>(b, range, tile);
     <Simt as TileEngine<f32>>::await_loads(0usize);
     <Simt as TileEngine<f32>>::mul_nt(&mut scores, &left, &right);
 

@@ -22,6 +22,76 @@ pub struct SimtOperand {
     pub(super) pitch: usize,
 }
 
+#[cube]
+impl SimtOperand {
+    /// As [`TileEngine::begin_load`], with several loads of a unit under way: for a unit that holds little
+    /// else.
+    pub(crate) fn load_at_once<F: Float, N: Size>(
+        &mut self,
+        src: &Tensor<Vector<F, N>>,
+        rows: RowRange,
+        #[comptime] tile: Tile,
+    ) {
+        let batch = 8usize;
+        let vectors = comptime!(self.pitch - 1);
+        let total = comptime!(self.rows * vectors);
+        for step in 0..comptime!(total.div_ceil(batch * tile.units)) {
+            let first = step * comptime!(batch * tile.units) + UNIT_POS as usize;
+            let mut values = Array::<Vec4>::new(batch);
+            #[unroll]
+            for i in 0..batch {
+                let at = first + comptime!(i * tile.units);
+                values[i] = self.fetch::<F, N>(src, rows, at / vectors, at % vectors);
+            }
+            #[unroll]
+            for i in 0..batch {
+                let at = first + comptime!(i * tile.units);
+                if at < total {
+                    let to = self.at(at / vectors, at % vectors);
+                    self.data[to] = values[i];
+                }
+            }
+        }
+    }
+
+    /// A vector of a row of the tile in `src`, zeros where there is none.
+    pub(super) fn fetch<F: Float, N: Size>(
+        &self,
+        src: &Tensor<Vector<F, N>>,
+        rows: RowRange,
+        row: usize,
+        vector: usize,
+    ) -> Vec4 {
+        let mut value = Vec4::new(0.0f32);
+        if (row as u32) < rows.len && vector < comptime!(self.vectors) {
+            let start = rows.base + row * rows.row_stride;
+            value = read_four::<F, N>(src, start, vector * 4, rows.col_stride);
+        }
+        value
+    }
+}
+
+/// Four neighbouring elements as f32, from vectors of four or, for strided data, from scalars.
+#[cube]
+fn read_four<F: Float, N: Size>(
+    src: &Tensor<Vector<F, N>>,
+    start: usize,
+    col: usize,
+    col_stride: usize,
+) -> Vec4 {
+    let mut value = Vec4::new(0.0f32);
+    if src.vector_size() == 4 {
+        value = Vec4::cast_from(src[(start + col) / 4]);
+    } else {
+        #[unroll]
+        for e in 0..4usize {
+            let x = src[start + (col + e) * col_stride].extract(0usize);
+            value.insert(e, f32::cast_from(x));
+        }
+    }
+    value
+}
+
 /// A left side in shared memory, `[rows, pitch]`.
 #[derive(CubeType)]
 pub struct SimtLeft {

@@ -86,11 +86,7 @@ impl<F: Float> TileEngine<F> for Simt {
             let row = at / vectors;
             let vector = at % vectors;
             if at < total {
-                let mut value = Vec4::new(0.0f32);
-                if (row as u32) < rows.len && vector < comptime!(dst.vectors) {
-                    let start = rows.base + row * rows.row_stride;
-                    value = read_four::<F, N>(src, start, vector * 4, rows.col_stride);
-                }
+                let value = dst.fetch::<F, N>(src, rows, row, vector);
                 let to = dst.at(row, vector);
                 dst.data[to] = value;
             }
@@ -351,25 +347,4 @@ fn publish(rows: &Array<f32>, scratch: &mut Shared<[f32]>, #[comptime] tile: Til
         scratch[row_start(r, tile) + UNIT_POS as usize % LANES] = rows[r];
     }
     sync_cube();
-}
-
-/// Four neighbouring elements as f32, from vectors of four or, for strided data, from scalars.
-#[cube]
-fn read_four<F: Float, N: Size>(
-    src: &Tensor<Vector<F, N>>,
-    start: usize,
-    col: usize,
-    col_stride: usize,
-) -> Vec4 {
-    let mut value = Vec4::new(0.0f32);
-    if src.vector_size() == 4 {
-        value = Vec4::cast_from(src[(start + col) / 4]);
-    } else {
-        #[unroll]
-        for e in 0..4usize {
-            let x = src[start + (col + e) * col_stride].extract(0usize);
-            value.insert(e, f32::cast_from(x));
-        }
-    }
-    value
 }
