@@ -173,11 +173,10 @@ fn compile_sla(client: &Client, case: &SlaCase) {
         // What follows has no products of tf32.
         return;
     }
-    let low_bit = SlaCase {
-        precision: Precision::Int8Fp8,
-        ..*case
-    };
-    low_bit.run(client, &inputs, true);
+    for precision in [Precision::Int8, Precision::Int8Fp8] {
+        let low_bit = SlaCase { precision, ..*case };
+        low_bit.run(client, &inputs, true);
+    }
     let ([q, k, v], _) = case.attention.upload_inputs(client, &inputs);
     let plain = linear_attention(client, &q, &k, &v, case.phi, false).expect("a valid call");
     let causal = linear_attention(client, &q, &q, &q, case.phi, true).expect("a valid call");

@@ -193,7 +193,7 @@ fn plans_are_the_ones_written_down() {
 #[test]
 fn plans_in_low_bits_are_the_ones_written_down() {
     let formats = [
-        ("int8", LowBitFormats::default()),
+        ("int8", LowBitFormats::INT8),
         ("int8-fp8", LowBitFormats::INT8_FP8),
         ("fp8", LowBitFormats::FP8),
     ];

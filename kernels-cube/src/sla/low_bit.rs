@@ -12,6 +12,8 @@ pub enum Precision {
     /// That of the inputs.
     #[default]
     Full,
+    /// Scores in INT8, weights and values in the inputs' type.
+    Int8,
     /// Scores in INT8, weights and values in FP8.
     Int8Fp8,
     /// All of them in FP8.
@@ -23,6 +25,7 @@ impl Precision {
     pub fn formats(self) -> Option<LowBitFormats> {
         match self {
             Self::Full => None,
+            Self::Int8 => Some(LowBitFormats::INT8),
             Self::Int8Fp8 => Some(LowBitFormats::INT8_FP8),
             Self::Fp8 => Some(LowBitFormats::FP8),
         }

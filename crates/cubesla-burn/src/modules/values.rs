@@ -60,6 +60,8 @@ impl From<LinearModeConfig> for LinearMode {
 pub enum PrecisionConfig {
     /// That of the inputs.
     Full,
+    /// Scores in INT8, weights and values in the inputs' type.
+    Int8,
     /// Scores in INT8, weights and values in FP8.
     Int8Fp8,
     /// All of them in FP8.
@@ -70,6 +72,7 @@ impl From<PrecisionConfig> for Precision {
     fn from(config: PrecisionConfig) -> Self {
         match config {
             PrecisionConfig::Full => Self::Full,
+            PrecisionConfig::Int8 => Self::Int8,
             PrecisionConfig::Int8Fp8 => Self::Int8Fp8,
             PrecisionConfig::Fp8 => Self::Fp8,
         }

@@ -171,20 +171,22 @@ fn metrics_of_all_blocks_are_perfect() {
 fn the_second_stage_trains_in_low_bits() {
     let device = device().autodiff();
     let config = config().with_router_weights(false).with_critical(0.5);
-    let low = config.clone().with_precision(PrecisionConfig::Int8Fp8);
-    let (full, low) = (config.init(&device), low.init(&device));
+    let init = |precision| config.clone().with_precision(precision).init(&device);
     let run = |module: &SparseLinearAttention| {
         let [q, k, v] = inputs(&device).map(leaf);
         let out = module.forward(q.clone(), k.clone(), v.clone());
         let grads = backward(out.clone(), 9);
         (out, [q, k, v].map(|x| gradient(&x, &grads)))
     };
-    let ((exact, exact_grads), (rounded, grads)) = (run(&full), run(&low));
-    let error = distance(rounded.inner(), exact.inner());
-    assert!(error > 1e-4 && error < 0.05, "{error}");
-    for (found, expected) in grads.into_iter().zip(exact_grads) {
-        let error = relative_error(&floats(found), &floats(expected));
-        assert!(error > 1e-6 && error < 0.1, "{error}");
+    let (exact, exact_grads) = run(&init(PrecisionConfig::Full));
+    for precision in [PrecisionConfig::Int8, PrecisionConfig::Int8Fp8] {
+        let (rounded, grads) = run(&init(precision));
+        let error = distance(rounded.inner(), exact.clone().inner());
+        assert!(error > 1e-4 && error < 0.05, "{error} of {precision:?}");
+        for (found, expected) in grads.into_iter().zip(&exact_grads) {
+            let error = relative_error(&floats(found), &floats(expected.clone()));
+            assert!(error > 1e-6 && error < 0.1, "{error} of {precision:?}");
+        }
     }
 
     let [q, k, v] = inputs(&device);
@@ -194,6 +196,7 @@ fn the_second_stage_trains_in_low_bits() {
         learning_rate: 0.1,
         resume: None,
     };
+    let low = init(PrecisionConfig::Int8Fp8);
     let trained = fit(low, AdamConfig::new().init(), &options, |model, _| {
         let out = model.try_forward(q.clone(), k.clone(), v.clone())?;
         Ok((out - target.clone()).powi_scalar(2).mean())

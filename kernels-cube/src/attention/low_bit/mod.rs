@@ -81,6 +81,11 @@ pub struct LowBitFormats {
 }
 
 impl LowBitFormats {
+    /// Scores in INT8, weights and values in the inputs' type.
+    pub const INT8: Self = Self {
+        scores: LowBitScores::Int8,
+        values: LowBitValues::Full,
+    };
     /// Scores in INT8, weights and values in FP8.
     pub const INT8_FP8: Self = Self {
         scores: LowBitScores::Int8,

@@ -13,24 +13,21 @@ use crate::bench::host::HostTensor;
 use crate::error::Error;
 
 /// Formats by the name of their variant.
-const FORMATS: [(&str, LowBitScores, LowBitValues); 3] = [
-    ("int8", LowBitScores::Int8, LowBitValues::Full),
-    ("int8-fp8", LowBitScores::Int8, LowBitValues::Fp8),
-    ("fp8", LowBitScores::Fp8, LowBitValues::Fp8),
+const FORMATS: [(&str, LowBitFormats); 3] = [
+    ("int8", LowBitFormats::INT8),
+    ("int8-fp8", LowBitFormats::INT8_FP8),
+    ("fp8", LowBitFormats::FP8),
 ];
 
 pub fn cases(scale: Scale, dtype: Option<DType>) -> Vec<Case> {
     let sparse = variants(scale, dtype).into_iter();
     let sparse = sparse.filter(|&(size, sparsity)| sparsity > 0 && size.dtype != DType::F32);
     let of = |(size, sparsity)| {
-        FORMATS.map(|(name, scores, values)| {
-            let formats = LowBitFormats { scores, values };
-            Case {
-                name: format!("low_bit_forward/{name}/{sparsity}/{size}"),
-                prepare: Box::new(move |client| {
-                    Ok(Box::new(LowBit::new(client, size, sparsity, formats)?))
-                }),
-            }
+        FORMATS.map(|(name, formats)| Case {
+            name: format!("low_bit_forward/{name}/{sparsity}/{size}"),
+            prepare: Box::new(move |client| {
+                Ok(Box::new(LowBit::new(client, size, sparsity, formats)?))
+            }),
         })
     };
     sparse.flat_map(of).collect()

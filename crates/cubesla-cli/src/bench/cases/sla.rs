@@ -32,6 +32,7 @@ pub fn cases(scale: Scale, dtype: Option<DType>) -> Vec<Case> {
             for (mode, precision, over) in [
                 (LinearMode::Global, Precision::Full, "global"),
                 (LinearMode::Complement, Precision::Full, "complement"),
+                (LinearMode::Global, Precision::Int8, "global-int8"),
                 (LinearMode::Global, Precision::Int8Fp8, "global-int8-fp8"),
             ] {
                 if precision != Precision::Full && method == Method::Sla {
@@ -198,7 +199,8 @@ impl Work for Sla {
             // Low bits make an error of the sparse branch that its share in the sum lessens.
             bound: match self.options.precision {
                 Precision::Full => bound(self.inputs.size.dtype),
-                _ => 0.06,
+                Precision::Int8 => 0.03,
+                Precision::Int8Fp8 | Precision::Fp8 => 0.06,
             },
         })
     }
@@ -214,7 +216,8 @@ impl Work for Sla {
             flops: sparse + size.linear_flops() + projection,
             low_bit_flops: match self.options.precision {
                 Precision::Full => 0.0,
-                _ => sparse,
+                Precision::Int8 => sparse / 2.0,
+                Precision::Int8Fp8 | Precision::Fp8 => sparse,
             },
             dense_flops: Some(size.dense_flops()),
             bytes: (4 * size.tensor_bytes()) as f64,
