@@ -21,7 +21,6 @@ use crate::ptx::{barrier, low_bit, value, wgmma};
 #[cube]
 pub(super) fn consume<F: Float>(
     out: &TensorMap<F, Tiled>,
-    query_blocks: u32,
     scales: &Scales,
     lse: &mut [f32],
     memory: Memory,
@@ -44,7 +43,6 @@ pub(super) fn consume<F: Float>(
     consumer.begin(true, memory);
     while index < scalars.items {
         let item = Item::read(memory, consumer.note);
-        let head_index = index / query_blocks;
         let mut rows = RowPair::new(item.first_query);
         consumer.attend(&mut rows, item.tiles, memory, scalars);
         index += CUBE_COUNT_X;
@@ -54,9 +52,7 @@ pub(super) fn consume<F: Float>(
         // Read again: registers are scarce between.
         let item = Item::read(memory, consumer.note);
         consumer.note = next_note(consumer.note);
-        store(
-            out, lse, scales, memory, item, head_index, &rows, scalars, config,
-        );
+        store(out, lse, scales, memory, item, &rows, scalars, config);
     }
     wgmma::wait(0u32);
     end_stores();

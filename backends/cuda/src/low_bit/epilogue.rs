@@ -11,7 +11,7 @@ use crate::forward::kernel::{ForwardScalars, Item};
 use crate::forward::softmax::{Row, RowPair, quad_sum, upper_query};
 use crate::ptx::{math, wgmma};
 
-/// Normalises the accumulator, and stores it and the log-sum-exp of the `head_index`-th (batch, head).
+/// Normalises the accumulator, and stores it and the log-sum-exp.
 #[cube]
 pub(super) fn store(
     out: u64,
@@ -19,13 +19,13 @@ pub(super) fn store(
     scales: &Scales,
     memory: Memory,
     item: Item,
-    head_index: u32,
     rows: &RowPair,
     scalars: ForwardScalars,
     #[comptime] config: LowBitConfig,
 ) {
     // Loaded here, for what is told last: its latency passes beside the rest.
-    let first_row = head_index as usize * scalars.query_len as usize;
+    let head_index = (item.batch * scalars.heads + item.head) as usize;
+    let first_row = head_index * scalars.query_len as usize;
     let query = upper_query(item.first_query);
     let last = scalars.query_len - 1;
     let upper_shift = scales.shift[first_row + min(query, last) as usize];
@@ -100,6 +100,7 @@ fn stage_accumulator(
     #[comptime] config: LowBitConfig,
 ) {
     let products = comptime!(config.forward.tile.products());
+    let unit = wgmma::here(UNIT_POS);
     #[unroll]
     for group in 0..comptime!(products.value_dim / 16) {
         let values = wgmma::read_accumulator(group);
@@ -119,6 +120,6 @@ fn stage_accumulator(
             }
             words.insert(i, math::pack(low, high, comptime!(products.format())));
         }
-        stage_group(to, UNIT_POS, words, group);
+        stage_group(to, unit, words, group);
     }
 }

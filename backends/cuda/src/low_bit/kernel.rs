@@ -50,7 +50,7 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
                 wgmma::claim_registers();
             }
         }
-        consume::<F>(out, list.query_blocks, scales, lse, memory, scalars, config);
+        consume::<F>(out, scales, lse, memory, scalars, config);
     }
 }
 
