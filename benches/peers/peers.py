@@ -38,6 +38,9 @@ MATMULS = [
     ("fp8", 16, 8192, 8192),
     ("w4a16", 1, 8192, 8192),
     ("w4a16", 16, 4096, 4096),
+    # torch has none of these: bf16 stands beside them.
+    ("w8a16-int8", 1, 8192, 8192),
+    ("w8a16-fp8", 1, 8192, 8192),
 ]
 BLOCK_Q, BLOCK_K = 128, 64
 
@@ -241,9 +244,10 @@ def matmul_jobs():
     }
     for kind, m, n, k in MATMULS:
         case = f"matmul/{kind}/m{m}n{n}k{k}/bf16"
-        peer, make, width = peers[kind]
         elements = (m + n) * k
-        yield case, peer, int(elements * width), lambda make=make, at=(m, n, k): make(*at)
+        if kind in peers:
+            peer, make, width = peers[kind]
+            yield case, peer, int(elements * width), lambda make=make, at=(m, n, k): make(*at)
         yield case, "torch-bf16", 2 * elements, lambda at=(m, n, k): matmul_bf16(*at)
 
 

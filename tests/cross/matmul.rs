@@ -371,6 +371,54 @@ fn engines_agree_on_int8_bit_by_bit() {
     }
 }
 
+/// Weights that have every code of FP8, by activations that pick one summand each; and a NaN among them,
+/// which spoils its own result only.
+#[test]
+fn every_code_of_fp8_weights() {
+    let client = client();
+    let (rows, columns, summands) = (64, 16, 256);
+    let value = |code: usize| {
+        let (exponent, mantissa) = (code >> 3 & 15, code & 7);
+        let size = match exponent {
+            // Not a number.
+            15 if mantissa == 7 => 0.0,
+            0 => mantissa as f32 * 2f32.powi(-9),
+            _ => (8 + mantissa) as f32 * 2f32.powi(exponent as i32 - 10),
+        };
+        if code < 128 { size } else { -size }
+    };
+    // The largest is 448, so the scale is 1.
+    let mut weights: Vec<f32> = (0..columns * summands)
+        .map(|at| value((at / summands + at) % 256))
+        .collect();
+    for dtype in dtypes(&client) {
+        let multiply = |weights: &[f32], first: usize| {
+            let w = upload(&client, weights, [columns, summands], dtype).unwrap();
+            let w = quantize(&client, &w, Format::Fp8, Granularity::Tensor, false).unwrap();
+            let mut picks = vec![0.0; rows * summands];
+            for row in 0..rows {
+                picks[row * summands + first + row] = 1.0;
+            }
+            let x = upload(&client, &picks, [rows, summands], dtype).unwrap();
+            let y = weight_only_matmul(&client, &x, &w, None, dtype).unwrap();
+            download(&client, &y).unwrap()
+        };
+        for first in (0..summands).step_by(rows) {
+            let found = multiply(&weights, first);
+            for (at, found) in found.into_iter().enumerate() {
+                let (row, column) = (at / columns, at % columns);
+                let exact = weights[column * summands + first + row];
+                assert_eq!(found, exact, "{row} {column} of {first} in {dtype}");
+            }
+        }
+        let kept = std::mem::replace(&mut weights[3 * summands + 5], f32::NAN);
+        for (at, found) in multiply(&weights, 0).into_iter().enumerate() {
+            assert_eq!(found.is_nan(), at % columns == 3, "{at} in {dtype}");
+        }
+        weights[3 * summands + 5] = kept;
+    }
+}
+
 /// More tiles than a device has multiprocessors, long sums: every engine against the portable one.
 #[test]
 fn engines_agree_on_fp8() {

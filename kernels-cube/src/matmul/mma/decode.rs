@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::{MmaConfig, Pair};
-use crate::quantize::{Format, number};
+use crate::quantize::Format;
 
 /// How weights are decoded.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -13,8 +13,9 @@ enum Way {
     Pair,
     /// As the lowest bits of 2^23 in f32.
     Single,
-    /// One by one.
-    Number,
+    /// As 16-bit numbers with the bits of e4m3 where they have theirs, which differ by a power of two: by
+    /// 2^120 in bf16 and 2^8 in f16.
+    Shifted,
 }
 
 impl MmaConfig {
@@ -23,14 +24,16 @@ impl MmaConfig {
             Format::Int4 => Way::Pair,
             Format::Int8 if self.bf16 => Way::Single,
             Format::Int8 => Way::Pair,
-            Format::Fp8 => Way::Number,
+            Format::Fp8 => Way::Shifted,
         }
     }
 
-    /// The number whose lowest bits are replaced.
+    /// The number whose lowest bits are replaced, or what shifted numbers are multiplied by.
     fn base(self) -> f32 {
         match self.way() {
             Way::Single => 8_388_608.0,
+            Way::Shifted if self.bf16 => 2f32.powi(120),
+            Way::Shifted => 256.0,
             _ if self.bf16 => 128.0,
             _ => 1024.0,
         }
@@ -58,7 +61,7 @@ impl MmaConfig {
     }
 }
 
-/// What is subtracted from the weights under one scale.
+/// What is subtracted from the weights under one scale, or what they are multiplied by if they are shifted.
 #[derive(CubeType)]
 pub(super) struct Origin<F: Float> {
     pair: Pair<F>,
@@ -69,10 +72,11 @@ pub(super) struct Origin<F: Float> {
 impl<F: Float> Origin<F> {
     pub fn new(zero: f32, #[comptime] config: MmaConfig) -> Origin<F> {
         let origin = comptime!(config.origin());
-        if comptime!(config.way() == Way::Number) {
+        if comptime!(config.way() == Way::Shifted) {
+            let factor = comptime!(config.base());
             Origin::<F> {
-                pair: Pair::<F>::new(F::new(0.0)),
-                single: zero,
+                pair: Pair::<F>::new(F::new(factor)),
+                single: f32::new(factor),
             }
         } else if comptime!(config.zero_point) {
             let single = zero + origin;
@@ -104,19 +108,34 @@ pub(super) fn decode_pair<F: Float>(
         let mask = comptime!(((1u32 << bits) - 1) * 0x1_0001);
         let numbers = ((word >> comptime!(e as u32 * bits)) & mask) ^ flip;
         Pair::<F>::reinterpret(numbers) - origin.pair
+    } else if comptime!(config.way() == Way::Shifted) {
+        let codes = word >> comptime!(e as u32 * bits);
+        let numbers = shifted(codes, comptime!(config.bf16));
+        Pair::<F>::reinterpret(numbers) * origin.pair
     } else {
         let mut pair = Vector::<f32, Const<2>>::empty();
         #[unroll]
         for i in 0..2usize {
             let e = comptime!((e + i * half) as u32);
-            let value = if comptime!(config.way() == Way::Single) {
-                let mask = comptime!((1u32 << bits) - 1);
-                f32::reinterpret(((word >> comptime!(e * bits)) & mask) ^ flip) - origin.single
-            } else {
-                number(word, e, origin.single, config.format, config.zero_point)
-            };
-            pair.insert(i, value);
+            let mask = comptime!((1u32 << bits) - 1);
+            let number = f32::reinterpret(((word >> comptime!(e * bits)) & mask) ^ flip);
+            pair.insert(i, number - origin.single);
         }
         Pair::<F>::cast_from(pair)
+    }
+}
+
+/// Two e4m3 codes, in the lowest bytes of the halves of a word, as 16-bit numbers that are too small by a
+/// power of two; NaN is NaN.
+#[cube]
+fn shifted(codes: u32, #[comptime] bf16: bool) -> u32 {
+    let sign = (codes & 0x0080_0080) << 8;
+    let size = codes & 0x007F_007F;
+    // The largest size alone carries into the bit above: all bits of its exponent are set then.
+    let nan = (size + 0x0001_0001) & 0x0080_0080;
+    if comptime!(bf16) {
+        size << 4 | sign | nan * 0xF0
+    } else {
+        size << 7 | sign | nan << 7
     }
 }

@@ -12,21 +12,25 @@ use crate::bench::host::{HostTensor, Random};
 use crate::error::Error;
 
 /// `(variant, [M, N, K])`.
-pub const LARGE: [(&str, [usize; 3]); 6] = [
+pub const LARGE: [(&str, [usize; 3]); 8] = [
     ("int8", [8192, 8192, 8192]),
     ("fp8", [8192, 8192, 8192]),
     ("int8", [16, 8192, 8192]),
     ("fp8", [16, 8192, 8192]),
     ("w4a16", [1, 8192, 8192]),
     ("w4a16", [16, 4096, 4096]),
+    ("w8a16-int8", [1, 8192, 8192]),
+    ("w8a16-fp8", [1, 8192, 8192]),
 ];
-const SMALL: [(&str, [usize; 3]); 6] = [
+const SMALL: [(&str, [usize; 3]); 8] = [
     ("int8", [256, 256, 512]),
     ("fp8", [256, 256, 512]),
     ("int8", [16, 512, 512]),
     ("fp8", [16, 512, 512]),
     ("w4a16", [1, 1024, 1024]),
     ("w4a16", [16, 512, 512]),
+    ("w8a16-int8", [1, 1024, 1024]),
+    ("w8a16-fp8", [1, 1024, 1024]),
 ];
 
 /// Elements of a group of INT4 weights.
@@ -72,17 +76,18 @@ impl Matmul {
     fn new(client: &Client, variant: &str, size: [usize; 3], dtype: DType) -> Result<Self, Error> {
         let [m, n, k] = size;
         let format = match variant {
-            "int8" => Format::Int8,
-            "fp8" => Format::Fp8,
+            "int8" | "w8a16-int8" => Format::Int8,
+            "fp8" | "w8a16-fp8" => Format::Fp8,
             _ => Format::Int4,
         };
+        let weight_only = variant.starts_with('w');
         let x = HostTensor::normal([1, 1, m, k], dtype, 31);
         let w = HostTensor::normal([1, 1, n, k], dtype, 32);
         let bytes = (m + n) * k * format.bits() / 8;
         let device = (0..copies(client, bytes))
             .map(|_| {
                 let x = x.upload(client)?;
-                let activations = if format == Format::Int4 {
+                let activations = if weight_only {
                     Activations::Full(x)
                 } else {
                     let x = quantize(client, &x, format, Granularity::Row, false);
@@ -163,9 +168,9 @@ impl Work for Matmul {
         let (mut found, mut exact) = (Vec::new(), Vec::new());
         for i in rows {
             let x = self.host[0].row([0, 0, i]);
-            let x = match self.format {
-                Format::Int4 => x.data().to_vec(),
-                format => low_bit(x.data(), format, k),
+            let x = match self.device[0].0 {
+                Activations::Full(_) => x.data().to_vec(),
+                Activations::Quantized(_) => low_bit(x.data(), self.format, k),
             };
             let row = out.row([0, 0, i]);
             for (&j, w) in columns.iter().zip(&weights) {
