@@ -378,7 +378,7 @@ fn every_code_of_fp8_weights() {
     let client = client();
     let (rows, columns, summands) = (64, 16, 256);
     let value = |code: usize| {
-        let (exponent, mantissa) = (code >> 3 & 15, code & 7);
+        let (exponent, mantissa) = ((code >> 3) & 15, code & 7);
         let size = match exponent {
             // Not a number.
             15 if mantissa == 7 => 0.0,

@@ -134,8 +134,8 @@ fn shifted(codes: u32, #[comptime] bf16: bool) -> u32 {
     // The largest size alone carries into the bit above: all bits of its exponent are set then.
     let nan = (size + 0x0001_0001) & 0x0080_0080;
     if comptime!(bf16) {
-        size << 4 | sign | nan * 0xF0
+        (size << 4) | sign | (nan * 0xF0)
     } else {
-        size << 7 | sign | nan << 7
+        (size << 7) | sign | (nan << 7)
     }
 }
