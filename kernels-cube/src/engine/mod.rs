@@ -29,7 +29,7 @@ pub(crate) use mma::{
 };
 pub use mma::{Mma, MmaTf32, mma_tile, mma_tiles};
 pub use simt::{Simt, simt_tile, simt_tiles};
-pub(crate) use simt::{simt_shared_memory, simt_supported};
+pub(crate) use simt::{simt_fits, simt_shared_memory, simt_supported};
 pub use stream::Streams;
 pub(crate) use vectors::{VectorRows, VectorRowsExpand};
 
@@ -118,6 +118,22 @@ pub struct TileNeeds {
     pub max_stages: usize,
     /// Bytes of shared memory that each unit takes besides, for sums over units.
     pub unit_bytes: usize,
+}
+
+impl TileNeeds {
+    /// Those of a product alone, of rows of `width` elements, in tiles of at most `max_cols` columns.
+    pub(crate) fn of_product(width: usize, max_cols: usize) -> Self {
+        Self {
+            owned: vec![width],
+            streamed: vec![width],
+            accumulators: vec![],
+            lefts: 0,
+            max_rows: 64,
+            max_cols,
+            max_stages: 1,
+            unit_bytes: 0,
+        }
+    }
 }
 
 /// The fastest engine that can run tiles of these needs, with its sizes.

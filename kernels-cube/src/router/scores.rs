@@ -53,25 +53,14 @@ pub(crate) fn product(
 /// The largest tile that fits the device. One has twice the columns of those of attention: it is nothing but
 /// a product, whose units hold that many more sums for what they load.
 fn product_tile(dim: usize, hardware: &HardwareProperties) -> Option<Tile> {
-    let needs = TileNeeds {
-        owned: vec![dim],
-        streamed: vec![dim],
-        accumulators: vec![],
-        lefts: 0,
-        max_rows: 64,
-        max_cols: 32,
-        max_stages: 1,
-        unit_bytes: 0,
-    };
+    let needs = TileNeeds::of_product(dim, 32);
     let wide = Tile {
         rows: 64,
         cols: 64,
         units: 128,
         stages: 1,
     };
-    let fits = wide.units <= hardware.max_units_per_cube as usize
-        && simt_shared_memory(&needs, wide) <= hardware.max_shared_memory_size;
-    if fits {
+    if simt_fits(&needs, wide, hardware) {
         Some(wide)
     } else {
         simt_tile(&needs, hardware)

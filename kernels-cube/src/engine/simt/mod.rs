@@ -11,7 +11,7 @@ mod sizes;
 
 use memory::{SimtFragment, SimtLeft, SimtOperand};
 use sizes::rows_per_unit;
-pub(crate) use sizes::{simt_shared_memory, simt_supported};
+pub(crate) use sizes::{simt_fits, simt_shared_memory, simt_supported};
 pub use sizes::{simt_tile, simt_tiles};
 
 use cubecl::prelude::*;

@@ -64,8 +64,13 @@ pub fn simt_tiles(needs: &TileNeeds, hardware: &HardwareProperties) -> impl Iter
             }
         })
         .filter(move |tile| tile.rows <= needs.max_rows && tile.cols <= needs.max_cols)
-        .filter(move |tile| tile.units <= hardware.max_units_per_cube as usize)
-        .filter(move |tile| simt_shared_memory(needs, *tile) <= hardware.max_shared_memory_size)
+        .filter(move |tile| simt_fits(needs, *tile, hardware))
+}
+
+/// Whether a cube of the device has the units and the shared memory of a tile program.
+pub(crate) fn simt_fits(needs: &TileNeeds, tile: Tile, hardware: &HardwareProperties) -> bool {
+    tile.units <= hardware.max_units_per_cube as usize
+        && simt_shared_memory(needs, tile) <= hardware.max_shared_memory_size
 }
 
 /// Bytes of shared memory of a tile program.

@@ -21,16 +21,7 @@ pub(crate) fn multiply_rows(
 ) -> Result<(), ProblemError> {
     let width = a.shape()[3];
     let device = client.properties();
-    let needs = TileNeeds {
-        owned: vec![width],
-        streamed: vec![width],
-        accumulators: vec![],
-        lefts: 0,
-        max_rows: 64,
-        max_cols: 64,
-        max_stages: 1,
-        unit_bytes: 0,
-    };
+    let needs = TileNeeds::of_product(width, 64);
     let (engine, tile) = engine_tile(&needs, factors, device)?;
     let loads = (tile.rows.max(tile.cols) * width / 4).div_ceil(tile.units);
     expect_loop_budget(device, "rows times a state", 2 * loads + width)?;
