@@ -296,6 +296,21 @@ impl Place {
         }
     }
 
+    /// The place before [`first`](Self::first).
+    pub fn before_first(#[comptime] stages: usize) -> Place {
+        Place {
+            stage: comptime!(stages as u32 - 1),
+            parity: 1,
+            stages,
+        }
+    }
+
+    /// Becomes the `other`.
+    pub fn set(&mut self, other: &Place) {
+        self.stage = other.stage;
+        self.parity = other.parity;
+    }
+
     pub fn advance(&mut self) {
         self.stage += 1;
         if self.stage == comptime!(self.stages as u32) {

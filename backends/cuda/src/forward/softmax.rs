@@ -13,7 +13,7 @@ use super::producer::Keys;
 use crate::ptx::{math, wgmma};
 
 /// Below every score, above every masked score: see `cubesla_kernels::softmax`.
-const FLOOR: f32 = -1.0e30;
+pub(crate) const FLOOR: f32 = -1.0e30;
 const MASKED: f32 = -3.0e38;
 
 /// The largest weight: the exponential of a score that exceeds the maximum in use.
@@ -343,7 +343,7 @@ fn scale_log2(scalars: ForwardScalars) -> f32 {
 /// Whether the unit has scores of keys that do not exist or lie in the future: only tiles at the end of a
 /// block or on the diagonal have such keys.
 #[cube]
-fn unit_is_partial(
+pub(crate) fn unit_is_partial(
     rows: &RowPair,
     keys: Keys,
     scalars: ForwardScalars,

@@ -6,14 +6,14 @@ use cubecl_cpp::cuda::ptx::tensor_map_address;
 use super::config::LowBitConfig;
 use super::epilogue::store;
 use super::kernel::Scales;
-use super::producer::{ScaledKeys, read_keys};
+use super::producer::ScaledKeys;
 use super::softmax::{make_tile_weights, write_weights};
 use crate::forward::config::{Memory, Place, next_note};
 use crate::forward::consumer::{LookAhead, LookAheadExpand, attend_ahead, release};
 use crate::forward::epilogue::end_stores;
 use crate::forward::kernel::{ForwardScalars, Item};
-use crate::forward::producer::Keys;
-use crate::forward::softmax::{RowPair, Weights};
+use crate::forward::softmax::{FLOOR, RowPair, Weights};
+use crate::ptx::wgmma::Descriptors;
 use crate::ptx::{barrier, low_bit, value, wgmma};
 
 /// The loop over items. The first scores of an item are multiplied while the one before it is being
@@ -23,27 +23,20 @@ pub(super) fn consume<F: Float>(
     out: &TensorMap<F, Tiled>,
     scales: &Scales,
     lse: &mut [f32],
+    bias: u32,
     memory: Memory,
     scalars: ForwardScalars,
     #[comptime] config: LowBitConfig,
 ) {
     let out = tensor_map_address(out);
-    let mut consumer = Consumer {
-        keys: Place::first(config.forward.tile.stages),
-        values: Place::first(config.forward.tile.stages),
-        query_parity: 0,
-        note: 0,
-        begun: ScaledKeys {
-            keys: Keys { first: 0, count: 0 },
-            factor: 0.0,
-        },
-        config,
-    };
+    let mut consumer = Consumer::new(memory, bias, config);
     let mut index = CUBE_POS_X;
     consumer.begin(true, memory);
     while index < scalars.items {
         let item = Item::read(memory, consumer.note);
         let mut rows = RowPair::new(item.first_query);
+        rows.upper.max = consumer.upper_max;
+        rows.lower.max = consumer.lower_max;
         consumer.attend(&mut rows, item.tiles, memory, scalars);
         index += CUBE_COUNT_X;
         consumer.begin(index < scalars.items, memory);
@@ -53,6 +46,10 @@ pub(super) fn consume<F: Float>(
         let item = Item::read(memory, consumer.note);
         consumer.note = next_note(consumer.note);
         store(out, lse, scales, memory, item, &rows, scalars, config);
+        if comptime!(!config.fp8) {
+            consumer.upper_max = rows.upper.max;
+            consumer.lower_max = rows.lower.max;
+        }
     }
     wgmma::wait(0u32);
     end_stores();
@@ -61,19 +58,54 @@ pub(super) fn consume<F: Float>(
 /// Where a warpgroup stands in what the producer loads.
 #[derive(CubeType)]
 struct Consumer {
-    keys: Place,
+    /// Of the tile whose scores were begun last.
+    begun: Place,
+    /// Of the tile before it.
+    before: Place,
+    /// Of the tile whose values are multiplied, or will be next.
     values: Place,
     query_parity: u32,
     /// On the item being computed.
     note: u32,
     /// The keys whose scores were begun last.
-    begun: ScaledKeys,
+    tile: ScaledKeys,
+    /// The maxima in use at the end of the item before.
+    upper_max: f32,
+    lower_max: f32,
+    key_tiles: Descriptors,
+    value_tiles: Descriptors,
+    /// Where the scores' bias lies.
+    bias: u32,
     #[cube(comptime)]
     config: LowBitConfig,
 }
 
 #[cube]
 impl Consumer {
+    fn new(memory: Memory, bias: u32, #[comptime] config: LowBitConfig) -> Consumer {
+        let tile = comptime!(config.forward.tile);
+        let keys = comptime!(tile.keys);
+        let values = comptime!(if config.fp8 {
+            low_bit::description_of_values(keys)
+        } else {
+            wgmma::description_transposed(keys)
+        });
+        Consumer {
+            begun: Place::before_first(tile.stages),
+            before: Place::before_first(tile.stages),
+            values: Place::first(tile.stages),
+            query_parity: 0,
+            note: 0,
+            tile: ScaledKeys::none(),
+            upper_max: FLOOR,
+            lower_max: FLOOR,
+            key_tiles: Descriptors::new(memory.keys, wgmma::DESCRIPTION, tile.key_bytes()),
+            value_tiles: Descriptors::new(memory.values, values, config.value_bytes()),
+            bias,
+            config,
+        }
+    }
+
     /// Takes the next item: its queries, and the scores of its first tile, which are in flight then; as
     /// in [`crate::forward`], also if there are no `more`.
     fn begin(&mut self, more: bool, memory: Memory) {
@@ -140,7 +172,7 @@ impl Consumer {
             self.release_keys(memory);
             self.make_weights(&mut weights, rows, scalars);
             wgmma::wait(0u32);
-            self.release_values(memory);
+            self.release_values(memory, false);
             if comptime!(!config.fp8) {
                 rescale(&*rows, config);
             }
@@ -155,22 +187,13 @@ impl Consumer {
 
     /// Makes the weights of the scores begun last.
     fn make_weights(&self, weights: &mut Weights, rows: &mut RowPair, scalars: ForwardScalars) {
-        let begun = &self.begun;
-        make_tile_weights(
-            weights,
-            rows,
-            begun.keys,
-            begun.factor,
-            scalars,
-            0usize,
-            self.config,
-        );
+        make_tile_weights(weights, rows, &self.tile, scalars, 0usize, self.config);
     }
 
     /// Takes an item's last product, which is done, into the accumulator.
     fn finish(&mut self, rows: &RowPair, memory: Memory) {
         let config = comptime!(self.config);
-        self.release_values(memory);
+        self.release_values(memory, false);
         if config.fp8 {
             let (upper, lower) = (rows.upper.correction, rows.lower.correction);
             low_bit::promote(upper, lower, config.products());
@@ -181,17 +204,16 @@ impl Consumer {
     /// no `more`.
     fn begin_scores(&mut self, more: bool, memory: Memory, #[comptime] buffer: usize) {
         let config = comptime!(self.config);
-        let stage = self.keys.stage;
+        low_bit::bias_scores(self.bias, buffer, config.products());
+        self.before.set(&self.begun);
+        self.begun.advance();
+        let stage = self.begun.stage;
         if more {
-            barrier::wait(memory.key_full(stage), self.keys.parity);
+            barrier::wait(memory.key_full(stage), self.begun.parity);
         }
-        let begun = read_keys(memory, stage);
-        self.begun.keys.first = begun.keys.first;
-        self.begun.keys.count = begun.keys.count;
-        self.begun.factor = begun.factor;
-        let at = memory.keys + stage * comptime!(config.forward.tile.key_bytes() as u32);
+        self.tile.read(memory, stage);
         wgmma::fence();
-        low_bit::scores(wgmma::descriptor(at), buffer, config.products());
+        low_bit::scores(self.key_tiles.at(stage), buffer, config.products());
         wgmma::commit();
     }
 
@@ -199,16 +221,13 @@ impl Consumer {
     /// with `anew`. FP8 weights have one buffer.
     fn begin_values(&self, anew: bool, memory: Memory, #[comptime] buffer: usize) {
         let config = comptime!(self.config);
-        let keys = comptime!(config.forward.tile.keys);
         let stage = self.values.stage;
         barrier::wait(memory.value_full(stage), self.values.parity);
-        let at = memory.values + stage * comptime!(config.value_bytes() as u32);
+        let values = self.value_tiles.at(stage);
         wgmma::fence();
         if comptime!(config.fp8) {
-            let values = low_bit::descriptor_values(at, keys);
             low_bit::multiply_values(values, config.products());
         } else {
-            let values = wgmma::descriptor_transposed(at, keys);
             low_bit::accumulate(values, anew, buffer, config.products());
         }
         wgmma::commit();
@@ -216,14 +235,18 @@ impl Consumer {
 
     /// Hands the keys' stage back to the producer.
     fn release_keys(&mut self, memory: Memory) {
-        release(memory.key_empty(self.keys.stage));
-        self.keys.advance();
+        release(memory.key_empty(self.begun.stage));
     }
 
-    /// Hands the values' stage back to the producer.
-    fn release_values(&mut self, memory: Memory) {
+    /// Hands the values' stage back to the producer. Next come the values of the tile whose scores were
+    /// begun last, or `before` it.
+    fn release_values(&mut self, memory: Memory, #[comptime] before: bool) {
         release(memory.value_empty(self.values.stage));
-        self.values.advance();
+        if comptime!(before) {
+            self.values.set(&self.before);
+        } else {
+            self.values.set(&self.begun);
+        }
     }
 }
 
@@ -239,17 +262,16 @@ impl LookAhead for Consumer {
         #[comptime] next: bool,
     ) {
         let config = comptime!(self.config);
-        let keys = self.begun.keys.copy();
-        let factor = value::<f32>(self.begun.factor);
+        let tile = self.tile.copy();
         if next {
             self.begin_scores(true, memory, comptime!(1 - buffer));
         }
         let mut weights = Weights::new(config.weight_words());
-        make_tile_weights(&mut weights, rows, keys, factor, scalars, buffer, config);
+        make_tile_weights(&mut weights, rows, &tile, scalars, buffer, config);
         write_weights(&weights.packed, buffer, config);
         wgmma::wait(comptime!(u32::from(next)));
         if t > 0 {
-            self.release_values(memory);
+            self.release_values(memory, next);
             rescale(&*rows, config);
         }
         self.begin_values(t == 0, memory, buffer);

@@ -1,6 +1,7 @@
 //! The kernel: the producer and consumers of [`crate::forward`], with 8-bit products.
 
 use cubecl::prelude::*;
+use cubecl_cpp::cuda::ptx::generic_to_shared;
 use cubesla_kernels::block_list::BlockListView;
 
 use super::config::LowBitConfig;
@@ -30,7 +31,10 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
     low_bit::declare_registers(config.products());
 
     let consumers = comptime!(tile.consumers as u32);
+    let bias = Shared::<[u32]>::new_aligned_slice(4usize, 16usize);
+    let bias = generic_to_shared::<u32>(bias.as_ptr());
     if UNIT_POS == 0 {
+        low_bit::write_bias(bias);
         init_barriers(memory, tile);
         barrier::fence_init();
     }
@@ -50,7 +54,7 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
                 wgmma::claim_registers();
             }
         }
-        consume::<F>(out, scales, lse, memory, scalars, config);
+        consume::<F>(out, scales, lse, bias, memory, scalars, config);
     }
 }
 

@@ -6,11 +6,12 @@ use cubesla_kernels::block_list::BlockListView;
 
 use super::config::LowBitConfig;
 use super::kernel::Scales;
+use super::softmax::short_factor;
 use crate::forward::config::{Memory, Place, next_note};
 use crate::forward::kernel::{ForwardScalars, Work};
 use crate::forward::producer::{Keys, Source};
 use crate::ptx::tma::L2;
-use crate::ptx::{barrier, math, tma};
+use crate::ptx::{barrier, math, tma, value};
 
 /// Loads the queries of each item and the keys and values of each tile as soon as there is room.
 #[cube]
@@ -71,8 +72,8 @@ pub(super) fn produce<V: Numeric>(
                 scale = scales.keys[(first_scale + block) as usize];
             }
             // Positive, also where it would underflow, so that it leaves masked scores below all others.
-            let factor = queries * scale + 1.0e-37;
-            write_keys(memory, place.stage, Keys::new(keys), factor);
+            let factor = short_factor(queries * scale + 1.0e-37);
+            write_keys(memory, place.stage, Keys::new(keys), factor, t == 0);
             let full = memory.key_full(place.stage);
             barrier::arrive_expect(full, comptime!(tile.key_bytes() as u32));
             let to = memory.keys + place.stage * comptime!(tile.key_bytes() as u32);
@@ -117,28 +118,48 @@ pub(super) fn produce<V: Numeric>(
 pub(super) struct ScaledKeys {
     pub keys: Keys,
     pub factor: f32,
+    /// The number of keys, or 0 of an item's first tile, for consumers to find it by the same comparison as
+    /// tiles that are not full.
+    pub mark: u32,
+}
+
+#[cube]
+impl ScaledKeys {
+    /// Of no tile.
+    pub fn none() -> ScaledKeys {
+        ScaledKeys {
+            keys: Keys { first: 0, count: 0 },
+            factor: 0.0,
+            mark: 0,
+        }
+    }
+
+    /// Takes those of a stage that have arrived.
+    pub fn read(&mut self, memory: Memory, stage: u32) {
+        let words = math::load_chunk(memory.key_note(stage));
+        self.factor = f32::reinterpret(words.extract(0usize));
+        self.mark = words.extract(1usize);
+        self.keys.first = words.extract(2usize);
+        self.keys.count = words.extract(3usize);
+    }
+
+    /// As they are now: a variable that holds them may change.
+    pub fn copy(&self) -> ScaledKeys {
+        ScaledKeys {
+            keys: self.keys.copy(),
+            factor: value::<f32>(self.factor),
+            mark: value::<u32>(self.mark),
+        }
+    }
 }
 
 /// Tells consumers which keys are in a stage.
 #[cube]
-fn write_keys(memory: Memory, stage: u32, keys: Keys, factor: f32) {
+fn write_keys(memory: Memory, stage: u32, keys: Keys, factor: f32, first: bool) {
     let mut words = Vector::<u32, Const<4>>::empty();
-    words.insert(0usize, keys.first);
-    words.insert(1usize, keys.count);
-    words.insert(2usize, u32::reinterpret(factor));
-    words.insert(3usize, 0u32);
+    words.insert(0usize, u32::reinterpret(factor));
+    words.insert(1usize, select(first, 0, keys.count));
+    words.insert(2usize, keys.first);
+    words.insert(3usize, keys.count);
     math::store_chunk(memory.key_note(stage), words);
-}
-
-/// The keys of a stage that have arrived.
-#[cube]
-pub(super) fn read_keys(memory: Memory, stage: u32) -> ScaledKeys {
-    let words = math::load_chunk(memory.key_note(stage));
-    ScaledKeys {
-        keys: Keys {
-            first: words.extract(0usize),
-            count: words.extract(1usize),
-        },
-        factor: f32::reinterpret(words.extract(2usize)),
-    }
 }

@@ -1,35 +1,52 @@
 //! Online softmax on scores of codes.
 //!
 //! As in [`crate::forward`], but that each tile of keys has a scale of its own, so maxima are those of
-//! scaled scores, and that FP8 weights saturate.
+//! scaled scores, that FP8 weights saturate, and that an item begins with the maxima of the one before it:
+//! as they only have to keep exponentials in range, those mostly do.
 
-use crate::forward::producer::Keys;
 use cubecl::prelude::*;
 
 use super::config::LowBitConfig;
+use super::producer::ScaledKeys;
 use crate::forward::kernel::ForwardScalars;
+use crate::forward::producer::Keys;
 use crate::forward::softmax::{
-    LARGEST, RowPair, Tops, Weights, mask_if_partial, must_be_made_again,
+    FLOOR, LARGEST, RowPair, Tops, Weights, mask_if_partial, unit_is_partial,
 };
+use crate::ptx::low_bit::SCORE_BIAS;
 use crate::ptx::{low_bit, math};
 
-/// log2 of the FP8 weight of a score that is the maximum in use. A unit's 16 of a row add up to 224, less
+/// log2 of the FP8 weight of a score that is the maximum in use. A unit's 16 of a row add up to 215, less
 /// than the limit, and weights of less than 2^-10 of the largest lose bits, of the 2^-15 that e4m3 could
 /// hold beside it.
-pub(super) const FP8_SHIFT: f32 = 3.807_355;
+pub(super) const FP8_SHIFT: f32 = 3.75;
 
 /// The largest FP8 weight, 448: where e4m3 saturates.
 const FP8_LARGEST: f32 = 448.0;
 
-/// The scores in the registers of `buffer`, of codes.
+/// The least sum of a unit's 16 weights of a row in an item's first tile: there maxima that are too large for
+/// the row are found out.
+const LEAST: f32 = 0.0625;
+
+/// What scores in registers have added to them.
+fn bias(config: LowBitConfig) -> f32 {
+    if config.int8 { SCORE_BIAS } else { 0.0 }
+}
+
+/// A factor of scores without the bits that its product with [`SCORE_BIAS`] has no room for.
+#[cube]
+pub(super) fn short_factor(factor: f32) -> f32 {
+    f32::reinterpret(u32::reinterpret(factor) & 0xFFFF_FFFC)
+}
+
+/// The scores in the registers of `buffer`, of codes, with their bias.
 #[cube]
 fn read_scores(#[comptime] buffer: usize, #[comptime] config: LowBitConfig) -> Array<f32> {
-    let products = comptime!(config.products());
-    let count = comptime!(products.keys / 2);
+    let count = comptime!(config.products().keys / 2);
     let mut scores = Array::<f32>::new(count);
     #[unroll]
     for step in 0..comptime!(count / 8) {
-        let some = low_bit::read_scores(buffer, step, products);
+        let some = low_bit::read_scores(buffer, step);
         #[unroll]
         for i in 0..8usize {
             scores[comptime!(8 * step + i)] = some.extract(i);
@@ -38,12 +55,14 @@ fn read_scores(#[comptime] buffer: usize, #[comptime] config: LowBitConfig) -> A
     scores
 }
 
-/// The largest of `scores`, times `factor`.
+/// The largest of `scores`, times `factor`, up to the next integer: differences between maxima and biases
+/// times factors are exact then, but for extremes.
 #[cube]
 fn top_scores(scores: &Array<f32>, factor: f32, #[comptime] config: LowBitConfig) -> Tops {
+    let bias = comptime!(bias(config));
     let mut tops = Tops::new(scores, lowest(), comptime!(config.products().keys));
-    tops.upper *= factor;
-    tops.lower *= factor;
+    tops.upper = ((tops.upper - bias) * factor).ceil();
+    tops.lower = ((tops.lower - bias) * factor).ceil();
     tops
 }
 
@@ -63,9 +82,8 @@ fn make_weights(
     factor: f32,
     #[comptime] config: LowBitConfig,
 ) {
-    let top = comptime!(if config.fp8 { FP8_SHIFT } else { 0.0 });
-    let upper_shift = top - rows.upper.max;
-    let lower_shift = top - rows.lower.max;
+    let upper_shift = shift(rows.upper.max, factor, config);
+    let lower_shift = shift(rows.lower.max, factor, config);
     let fp8 = config.fp8;
     let words = comptime!(config.weight_words());
     #[unroll]
@@ -89,33 +107,84 @@ fn make_weights(
     }
 }
 
+/// What is added to scores times `factor` of a row with this maximum in use.
+#[cube]
+fn shift(max: f32, factor: f32, #[comptime] config: LowBitConfig) -> f32 {
+    let mut shift = -max;
+    if comptime!(config.fp8) {
+        shift += FP8_SHIFT;
+    }
+    if comptime!(config.int8) {
+        shift = fma(comptime!(-bias(config)), factor, shift);
+    }
+    shift
+}
+
 /// Makes the weights of the scores in `buffer`, and adds them to the rows' sums: as in [`crate::forward`],
-/// with the maxima in use before it is known whether those must rise.
+/// with the maxima in use before it is known whether those must change.
 #[cube]
 pub(super) fn make_tile_weights(
     weights: &mut Weights,
     rows: &mut RowPair,
-    keys: Keys,
-    factor: f32,
+    tile: &ScaledKeys,
     scalars: ForwardScalars,
     #[comptime] buffer: usize,
     #[comptime] config: LowBitConfig,
 ) {
     let scores = read_scores(buffer, config);
-    make_weights(weights, &*rows, &scores, factor, config);
+    make_weights(weights, &*rows, &scores, tile.factor, config);
     let largest = comptime!(if config.fp8 { FP8_LARGEST } else { LARGEST });
-    rows.raised = must_be_made_again(&*weights, largest, &*rows, keys, scalars, config.forward);
+    let marked = Keys {
+        first: tile.keys.first,
+        count: tile.mark,
+    };
+    let partial = unit_is_partial(&*rows, marked, scalars, config.forward);
+    rows.raised = math::any(partial || weights.exceed(largest));
     if rows.raised {
-        let mut scores = read_scores(buffer, config);
-        mask_if_partial(&mut scores, &*rows, keys, lowest(), scalars, config.forward);
-        rows.raise(&top_scores(&scores, factor, config));
-        make_weights(weights, &*rows, &scores, factor, config);
-        weights.make_before();
-    } else {
+        check_weights(weights, rows, tile, scalars, buffer, config);
+    } else if comptime!(config.fp8) {
         rows.upper.correction = 1.0;
         rows.lower.correction = 1.0;
     }
     rows.add(&*weights);
+}
+
+/// Makes weights again that are too large, or of keys to mask, or in an item's first tile too small.
+#[cube]
+fn check_weights(
+    weights: &mut Weights,
+    rows: &mut RowPair,
+    tile: &ScaledKeys,
+    scalars: ForwardScalars,
+    #[comptime] buffer: usize,
+    #[comptime] config: LowBitConfig,
+) {
+    let mut again = true.runtime();
+    if tile.mark == 0 {
+        let largest = comptime!(if config.fp8 { FP8_LARGEST } else { LARGEST });
+        let partial = unit_is_partial(&*rows, tile.keys.copy(), scalars, config.forward);
+        // Not a number is not enough.
+        let enough = weights.upper_sum >= LEAST && weights.lower_sum >= LEAST;
+        again = math::any(partial || weights.exceed(largest) || !enough);
+        if again {
+            rows.upper.max = FLOOR;
+            rows.lower.max = FLOOR;
+        }
+    }
+    if again {
+        let mut scores = read_scores(buffer, config);
+        mask_if_partial(
+            &mut scores,
+            &*rows,
+            tile.keys.copy(),
+            lowest(),
+            scalars,
+            config.forward,
+        );
+        rows.raise(&top_scores(&scores, tile.factor, config));
+        make_weights(weights, &*rows, &scores, tile.factor, config);
+        weights.make_before();
+    }
 }
 
 /// Makes the packed weights of a tile those of `buffer`.

@@ -16,6 +16,7 @@
 
 use cubecl::prelude::*;
 
+use super::math::store_chunk;
 use super::value;
 use super::wgmma::{
     add_product, clear, list, load_rows, moves, probability_buffer, read_eight, score_buffer,
@@ -68,16 +69,12 @@ fn declare_text(p: LowBitProducts) -> String {
     )
 }
 
-/// A descriptor of a shared tile of FP8 values `[N, keys]`, K-major, whose rows of `keys` bytes have the
-/// swizzle of that width.
-#[cube]
-pub(crate) fn descriptor_values(at: u32, #[comptime] keys: usize) -> u64 {
+/// What a descriptor of a shared tile of FP8 values `[N, keys]` says, K-major, whose rows of `keys` bytes
+/// have the swizzle of that width.
+pub(crate) fn description_of_values(keys: usize) -> u64 {
     // Eight rows lie next to eight rows; offsets count 16 bytes.
-    let high = comptime!({
-        let swizzle: u64 = if keys == 64 { 2 } else { 3 };
-        (swizzle << 62) | ((keys as u64 / 2) << 32) | (1u64 << 16)
-    });
-    u64::cast_from((at & 0x3FFFF) >> 4) | high
+    let swizzle: u64 = if keys == 64 { 2 } else { 3 };
+    (swizzle << 62) | ((keys as u64 / 2) << 32) | (1 << 16)
 }
 
 /// Loads the registers `qry` from a tile of queries in rows of 128 bytes with the 128-byte swizzle:
@@ -103,7 +100,43 @@ fn scores_text(p: LowBitProducts, to: &str) -> String {
     } else {
         ("f32.e4m3.e4m3", ", 1, 1")
     };
-    product_text(types, flags, p.keys, p.head_dim, to, "qry")
+    product_text(types, flags, p.keys, p.head_dim, to, "qry", p.int8)
+}
+
+/// Integer scores are added to the bits of this f32. As sums of up to 256 products of codes are below
+/// 2^22, that gives the bits of the f32 with the score added: there is nothing to convert.
+pub(crate) const SCORE_BIAS: f32 = 12_582_912.0;
+
+/// Writes four times [`SCORE_BIAS`] to shared address `to`.
+#[cube]
+pub(crate) fn write_bias(to: u32) {
+    let mut words = Vector::<u32, Const<4>>::empty();
+    #[unroll]
+    for i in 0..4usize {
+        words.insert(i, comptime!(SCORE_BIAS.to_bits()));
+    }
+    store_chunk(to, words);
+}
+
+/// Has the next scores that come into `buffer`, if they are integers, added to [`SCORE_BIAS`], which the
+/// four words at shared address `bias` are. To be followed by a fence.
+#[cube]
+pub(crate) fn bias_scores(bias: u32, #[comptime] buffer: usize, #[comptime] p: LowBitProducts) {
+    if comptime!(p.int8) {
+        let bias = value::<u32>(bias);
+        let text = comptime!(bias_text(score_buffer(buffer), p.keys / 2));
+        gpu_asm!("/* {bias} */ {text}", bias = in(_) bias);
+    }
+}
+
+/// Volatile, or one load would be moved to all registers, which takes more instructions than loads do.
+fn bias_text(to: &str, count: usize) -> String {
+    (0..count / 4)
+        .map(|i| {
+            let registers = list(to, 4 * i..4 * i + 4);
+            format!("ld.volatile.shared.v4.b32 {registers}, [%0]; ")
+        })
+        .collect()
 }
 
 /// Begins `par = P V` with `P` the registers `prb` and `V` the tile that `values` describes.
@@ -116,12 +149,13 @@ pub(crate) fn multiply_values(values: u64, #[comptime] p: LowBitProducts) {
         p.value_dim,
         p.keys,
         "par",
-        "prb"
+        "prb",
+        false
     ));
     gpu_asm!("/* {values} */ {text}", values = in(_) values);
 }
 
-/// `to = left B`, `columns` wide, contracted over `depth` bytes of both.
+/// `to = left B`, `columns` wide, contracted over `depth` bytes of both; `to += left B` with `add`.
 fn product_text(
     types: &str,
     flags: &str,
@@ -129,6 +163,7 @@ fn product_text(
     depth: usize,
     to: &str,
     left: &str,
+    add: bool,
 ) -> String {
     let mut text = String::from(
         "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
@@ -140,7 +175,7 @@ fn product_text(
             step * 2,
             list(to, 0..columns / 2),
             list(left, 4 * step..4 * step + 4),
-            if step == 0 { "first" } else { "more" },
+            if step == 0 && !add { "first" } else { "more" },
         );
     }
     text + "}"
@@ -193,25 +228,13 @@ pub(crate) fn clear_product(#[comptime] p: LowBitProducts) {
 }
 
 /// Eight neighbouring registers of a buffer of scores, of a finished product, as f32: keys
-/// `16 group..16 group + 16`.
+/// `16 group..16 group + 16`. Integers have [`SCORE_BIAS`] added.
 #[cube]
 pub(crate) fn read_scores(
     #[comptime] buffer: usize,
     #[comptime] group: usize,
-    #[comptime] p: LowBitProducts,
 ) -> Vector<f32, Const<8>> {
-    let name = comptime!(score_buffer(buffer));
-    if comptime!(p.int8) {
-        let text = comptime!(moves(8, |i| format!(
-            "cvt.rn.f32.s32 %{i}, {name}{}; ",
-            8 * group + i
-        )));
-        let values: Vector<f32, Const<8>>;
-        gpu_asm!("/* {values} */ {text}", values = out(_) values);
-        values
-    } else {
-        read_eight(name, group)
-    }
+    read_eight(comptime!(score_buffer(buffer)), group)
 }
 
 /// Replaces four neighbouring registers of a buffer of weights; no product may be reading them.

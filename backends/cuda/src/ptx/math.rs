@@ -127,3 +127,15 @@ pub(crate) fn rounded_product(x: f32, y: f32) -> f32 {
     );
     z
 }
+
+/// Whether `x` holds for a unit of the warp, all of whose units ask.
+#[cube]
+pub(crate) fn any(x: bool) -> bool {
+    let x = value::<u32>(u32::cast_from(x));
+    let y: u32;
+    gpu_asm!(
+        "{{ .reg .pred p; setp.ne.u32 p, {x}, 0; vote.sync.any.pred p, p, -1; selp.u32 {y}, 1, 0, p; }}",
+        y = out(_) y, x = in(_) x
+    );
+    y != 0
+}

@@ -67,15 +67,59 @@ fn declare_text(p: Products) -> String {
 /// have the 14 bits that shared memory needs.
 #[cube]
 pub(crate) fn descriptor(at: u32) -> u64 {
-    u64::cast_from(at >> 4) | comptime!((1u64 << 62) | (64u64 << 32) | (1u64 << 16))
+    u64::cast_from(at >> 4) | comptime!(DESCRIPTION)
 }
+
+/// What a [`descriptor`] says beside the address.
+pub(crate) const DESCRIPTION: u64 = (1 << 62) | (64 << 32) | (1 << 16);
 
 /// A descriptor of a shared tile in boxes of 64 columns, whose rows are contracted over (MN-major):
 /// as [`descriptor`], and the next 64 columns lie one box of `rows` rows further.
 #[cube]
 pub(crate) fn descriptor_transposed(at: u32, #[comptime] rows: usize) -> u64 {
-    let high = comptime!((1u64 << 62) | (64u64 << 32) | ((rows as u64 * 8) << 16));
-    u64::cast_from(at >> 4) | high
+    u64::cast_from(at >> 4) | comptime!(description_transposed(rows))
+}
+
+/// What a [`descriptor_transposed`] says beside the address.
+pub(crate) fn description_transposed(rows: usize) -> u64 {
+    (1 << 62) | (64 << 32) | ((rows as u64 * 8) << 16)
+}
+
+/// The descriptors of a ring of tiles, each in one instruction.
+#[derive(CubeType)]
+pub(crate) struct Descriptors {
+    /// Lower half of the first tile's.
+    low: u32,
+    #[cube(comptime)]
+    high: u32,
+    /// From one to the next, in bytes.
+    #[cube(comptime)]
+    step: usize,
+}
+
+#[cube]
+impl Descriptors {
+    /// Of tiles of `bytes`, the first one `at`, that are as `description` says.
+    pub fn new(at: u32, #[comptime] description: u64, #[comptime] bytes: usize) -> Descriptors {
+        Descriptors {
+            low: (at >> 4) | comptime!(description as u32),
+            high: comptime!((description >> 32) as u32),
+            step: bytes,
+        }
+    }
+
+    /// That of tile `index`.
+    pub fn at(&self, index: u32) -> u64 {
+        let low = value::<u32>(self.low + index * comptime!((self.step / 16) as u32));
+        let high = comptime!(self.high);
+        let descriptor: u64;
+        gpu_asm!(
+            "mov.b64 {descriptor}, {{{low}, {high}}};",
+            descriptor = out(_) descriptor, low = in(_) low, high = const high,
+            options(pure, nomem)
+        );
+        descriptor
+    }
 }
 
 /// Orders the registers before the products that follow.
@@ -378,7 +422,7 @@ pub(super) fn read_eight(
     #[comptime] group: usize,
 ) -> Vector<f32, Const<8>> {
     let text = comptime!(moves(8, |i| format!(
-        "mov.f32 %{i}, {name}{}; ",
+        "mov.b32 %{i}, {name}{}; ",
         8 * group + i
     )));
     let values: Vector<f32, Const<8>>;
