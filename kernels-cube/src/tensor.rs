@@ -119,6 +119,14 @@ impl<const R: usize> DeviceTensor<R> {
         }
     }
 
+    /// Every `step`-th element along `axis`, from the first, of the same buffer.
+    pub(crate) fn every(&self, step: usize, axis: usize) -> Self {
+        let mut view = self.clone();
+        view.shape[axis] = view.shape[axis].div_ceil(step);
+        view.strides[axis] *= step;
+        view
+    }
+
     /// Whether rows along the last axis are contiguous and begin at multiples of 16 bytes, so that
     /// they can be loaded in vectors and by bulk copies.
     pub fn is_aligned(&self) -> bool {

@@ -1,7 +1,7 @@
 //! Attention with scores in INT8 or FP8 and, if asked for, weights and values in FP8.
 //!
 //! ```text
-//! K'   = K - mean(K)                            over the keys of a head, if smoothed
+//! K'   = K - mean(K)                            over a sample of a head's keys, if smoothed
 //! Q8   = codes of each block_q rows of Q, scale sQ;  K8 of each block_k rows of K', scale sK
 //! S_ij = scale sQ sK Q8_i . K8_j                P_ij = exp(S_ij - max_l S_il)
 //! O_i  = sum_j P_ij V_j / sum_j P_ij            in FP8: fp8(448 P_ij) / 448, V in FP8 by columns
@@ -71,7 +71,7 @@ pub fn rounded(
 ) -> Rounded {
     let [batch, kv_heads, key_len, dim] = k.shape();
     let mean = if formats.smooth {
-        mean_pool(k, key_len)
+        mean_key(k)
     } else {
         Tensor::zeros([batch, kv_heads, 1, dim])
     };
@@ -88,6 +88,16 @@ pub fn rounded(
         },
         mean,
     }
+}
+
+/// The mean of every key of a head, or, of 8192 and more, of every `step`-th, `step` odd: `[B, Hkv, 1, D]`.
+fn mean_key(k: &Tensor) -> Tensor {
+    let [batch, heads, len, dim] = k.shape();
+    let step = (len / 4096) | 1;
+    let sample = Tensor::from_fn([batch, heads, len.div_ceil(step), dim], |[b, h, j, d]| {
+        k[[b, h, j * step, d]]
+    });
+    mean_pool(&sample, len.div_ceil(step))
 }
 
 /// `scale Q mean(K)^T` of a query.

@@ -25,7 +25,7 @@ pub(crate) use backward::{WeightJob, WeightTerm};
 
 pub use low_bit::{
     LowBitFormats, LowBitPlan, LowBitScores, LowBitValues, RoundedInputs, expect_low_bit,
-    launch_low_bit, rounded_inputs,
+    launch_low_bit, rounded_inputs, smoothing_sample,
 };
 
 use std::fmt;

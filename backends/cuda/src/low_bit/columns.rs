@@ -1,6 +1,7 @@
 //! Means of keys and scales of values, both by columns of a head.
 
 use cubecl::prelude::*;
+use cubesla_kernels::attention::smoothing_sample;
 use cubesla_kernels::quantize::{Format, scale_of};
 use cubesla_kernels::{AttentionProblem, DType, DeviceTensor};
 
@@ -32,34 +33,21 @@ impl Columns {
     ) -> Self {
         let (batch, heads) = (problem.batch(), problem.kv_heads());
         let (d, dv) = (problem.head_dim(), problem.value_dim());
-        let chunks = problem.key_len().div_ceil(CHUNK);
-        let empty = |shape| DeviceTensor::<3>::empty(client, shape, DType::F32);
-        let sums = empty([batch * heads, chunks, d]);
-        let largest = empty([batch * heads, chunks, dv]);
+        let sample = smoothing_sample(k);
+        let sums = scan(client, &sample, false);
+        let largest = fp8.then(|| scan(client, v, true));
+        let empty = |width| DeviceTensor::<3>::empty(client, [batch, heads, width], DType::F32);
         let columns = Self {
-            mean: empty([batch, heads, d]),
-            scales: empty([batch, heads, dv]),
-            inverses: empty([batch, heads, dv]),
+            mean: empty(d),
+            scales: empty(dv),
+            inverses: empty(dv),
         };
         let tensors = if fp8 { 2 } else { 1 };
         let widest = d.max(dv).div_ceil(COLUMNS) as u32;
-        // SAFETY: a cube writes what it found of its own chunk or columns; rows past the end are
-        // counted as zeros.
+        // Not read unless there are two tensors.
+        let largest = largest.as_ref().unwrap_or(&sums);
+        // SAFETY: a cube writes what is of its own columns.
         unsafe {
-            scan_columns::launch_unchecked(
-                client,
-                CubeCount::Static(chunks as u32, (batch * heads) as u32, tensors),
-                CubeDim::new_1d(UNITS as u32),
-                AddressType::U32,
-                LOAD,
-                k.tensor_arg(),
-                v.tensor_arg(),
-                sums.buffer_arg(),
-                largest.buffer_arg(),
-                heads as u32,
-                [d, dv],
-                problem.dtype().elem_type(),
-            );
             finish_columns::launch_unchecked(
                 client,
                 CubeCount::Static(widest, (batch * heads) as u32, tensors),
@@ -69,8 +57,9 @@ impl Columns {
                 columns.mean.buffer_arg(),
                 columns.scales.buffer_arg(),
                 columns.inverses.buffer_arg(),
-                chunks as u32,
-                problem.key_len() as u32,
+                sums.shape()[1] as u32,
+                largest.shape()[1] as u32,
+                sample.shape()[2] as u32,
                 [d, dv],
             );
         }
@@ -78,38 +67,45 @@ impl Columns {
     }
 }
 
-/// Sums of the columns of `k`, and the largest finite magnitudes of those of `v`, in a chunk of rows.
-///
-/// Grid: x = chunk, y = (batch, head), z = 0 for `k`, 1 for `v`.
-#[cube(launch_unchecked, address_type = "dynamic")]
-fn scan_columns<F: Float, N: Size>(
-    k: &Tensor<Vector<F, N>>, // [B, H, L, D]
-    v: &Tensor<Vector<F, N>>, // [B, H, L, Dv]
-    sums: &mut [f32],         // [B H, chunks, D]
-    largest: &mut [f32],      // [B H, chunks, Dv]
-    heads: u32,
-    #[comptime] widths: [usize; 2],
-    #[define(F)] _dtype: ElemType,
-) {
-    let mut shared = Shared::<[f32]>::new_slice(comptime!(UNITS * LOAD));
-    if CUBE_POS_Z == 0 {
-        scan_chunk::<F, N>(k, sums, &mut shared, heads, comptime!(widths[0]), false);
-    } else {
-        scan_chunk::<F, N>(v, largest, &mut shared, heads, comptime!(widths[1]), true);
+/// Sums of the columns of each chunk of the rows of `x [B, H, L, D]`, or the largest finite `magnitudes`:
+/// `[B H, chunks, D]`.
+fn scan(client: &Client, x: &DeviceTensor<4>, magnitudes: bool) -> DeviceTensor<3> {
+    let [batch, heads, len, width] = x.shape();
+    let chunks = len.div_ceil(CHUNK);
+    let found = DeviceTensor::empty(client, [batch * heads, chunks, width], DType::F32);
+    // SAFETY: a cube writes what it found of its own chunk; rows past the end are counted as zeros.
+    unsafe {
+        scan_columns::launch_unchecked(
+            client,
+            CubeCount::Static(chunks as u32, (batch * heads) as u32, 1),
+            CubeDim::new_1d(UNITS as u32),
+            AddressType::U32,
+            LOAD,
+            x.tensor_arg(),
+            found.buffer_arg(),
+            heads as u32,
+            width,
+            magnitudes,
+            x.dtype().elem_type(),
+        );
     }
+    found
 }
 
 /// Each unit goes over every so many rows of a vector of columns; what they found is put together in
 /// order.
-#[cube]
-fn scan_chunk<F: Float, N: Size>(
-    x: &Tensor<Vector<F, N>>,
-    found: &mut [f32],
-    shared: &mut Shared<[f32]>,
+///
+/// Grid: x = chunk, y = (batch, head).
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn scan_columns<F: Float, N: Size>(
+    x: &Tensor<Vector<F, N>>, // [B, H, L, D]
+    found: &mut [f32],        // [B H, chunks, D]
     heads: u32,
     #[comptime] width: usize,
     #[comptime] magnitudes: bool,
+    #[define(F)] _dtype: ElemType,
 ) {
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(UNITS * LOAD));
     let vectors = comptime!(width / LOAD);
     let lanes = comptime!(UNITS / vectors);
     let unit = UNIT_POS as usize;
@@ -182,20 +178,21 @@ fn finish_columns(
     mean: &mut [f32],
     scales: &mut [f32],
     inverses: &mut [f32],
-    chunks: u32,
+    sum_chunks: u32,
+    largest_chunks: u32,
     len: u32,
     #[comptime] widths: [usize; 2],
 ) {
     let mut shared = Shared::<[f32]>::new_slice(UNITS);
     if CUBE_POS_Z == 0 {
         let width = comptime!(widths[0]);
-        let (total, at, writes) = finish_column(sums, &mut shared, chunks, width, false);
+        let (total, at, writes) = finish_column(sums, &mut shared, sum_chunks, width, false);
         if writes {
             mean[at] = total / f32::cast_from(len);
         }
     } else {
         let width = comptime!(widths[1]);
-        let (total, at, writes) = finish_column(largest, &mut shared, chunks, width, true);
+        let (total, at, writes) = finish_column(largest, &mut shared, largest_chunks, width, true);
         if writes {
             let scale = scale_of(u32::reinterpret(total), Format::Fp8);
             scales[at] = scale;

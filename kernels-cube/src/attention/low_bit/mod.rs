@@ -1,7 +1,8 @@
 //! Block-sparse attention with scores in INT8 or FP8, and values in their own type or in FP8.
 //!
 //! ```text
-//! K' = K - mean(K)                     changes no softmax, and leaves less to quantize
+//! K' = K - mean(K)                     changes no softmax, and leaves less to quantize; of many keys
+//!                                      the mean of a sample
 //! S  = scale sQ sK (Q8 K8^T)           a scale to each block of queries and of keys
 //! O  = (sV / 448) P8 V8 / rowsum(P)    FP8: P = exp(S - m) times 448, V with a scale to each column
 //! ```
@@ -21,6 +22,7 @@ mod prepare;
 mod rounded;
 mod values;
 
+pub use prepare::smoothing_sample;
 pub use rounded::{RoundedInputs, rounded_inputs};
 
 use std::fmt;

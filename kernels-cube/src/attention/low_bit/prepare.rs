@@ -25,14 +25,28 @@ pub(super) fn expect_budget(
     expect_loop_budget(client.properties(), operation, blocks.max(columns))
 }
 
-/// The mean key of each head of `k [B, H, L, D]`, f32 `[B, H, 1, D]`: the means of chunks of rows, put
-/// together. A NaN or infinity spoils its head.
+/// Keys of a head whose mean is its mean key, at least, where there are more.
+const SAMPLE: usize = 2048;
+
+/// The keys of `k [B, H, L, D]` whose mean smoothing takes from all of them: every key, or of a long head
+/// every `step`-th.
+///
+/// Softmax is the same whatever is taken from all keys. To leave little to quantize it has to be near their
+/// mean, and that of a few thousand is. `step` is odd, so that keys of a picture or a video, whose rows are
+/// even, are taken from all columns.
+pub fn smoothing_sample(k: &DeviceTensor<4>) -> DeviceTensor<4> {
+    k.every((k.shape()[2] / (2 * SAMPLE)) | 1, 2)
+}
+
+/// The mean key of each head of `k [B, H, L, D]`, f32 `[B, H, 1, D]`: the means of chunks of rows of the
+/// [sample](smoothing_sample), put together. A NaN or infinity among them spoils its head.
 pub(super) fn mean_key(
     client: &Client,
     k: &DeviceTensor<4>,
 ) -> Result<DeviceTensor<4>, ProblemError> {
-    let [batch, heads, len, dim] = k.shape();
-    let chunks = mean_pool(client, k, CHUNK)?;
+    let sample = smoothing_sample(k);
+    let [batch, heads, len, dim] = sample.shape();
+    let chunks = mean_pool(client, &sample, CHUNK)?;
     let mean = DeviceTensor::empty(client, [batch, heads, 1, dim], DType::F32);
     let grid = grid(
         client.properties(),
