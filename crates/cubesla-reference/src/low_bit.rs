@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! K'   = K - mean(K)                            over a sample of a head's keys, if smoothed
-//! Q8   = codes of each block_q rows of Q, scale sQ;  K8 of each block_k rows of K', scale sK
+//! Q8   = codes of each block_q rows of Q, scale sQ;  K8 of each block_k rows of K', scale sK;
+//!        rne(x r), where r is 1 / sQ or 1 / sK in 13 bits
 //! S_ij = scale sQ sK Q8_i . K8_j                P_ij = exp(S_ij - max_l S_il)
 //! O_i  = sum_j P_ij V_j / sum_j P_ij            in FP8: fp8(448 P_ij) / 448, V in FP8 by columns
 //! L_i  = max_l S_il + ln sum_j P_ij + scale Q_i . mean(K), the last if smoothed
@@ -17,8 +18,9 @@ use crate::quantize::{Format, decode_e4m3, encode_e4m3, quantize};
 use crate::router::mean_pool;
 use crate::tensor::{Tensor, axpy, dot};
 
-/// Each head of `x` in a low-bit format, with a scale for each `region` of rows and columns.
-fn low_bit(x: &Tensor, format: Format, region: [usize; 2]) -> Tensor {
+/// Each head of `x` in a low-bit format, with a scale for each `region` of rows and columns. Codes of rows are
+/// those of products with the scale's [`reciprocal`], others of quotients.
+fn low_bit(x: &Tensor, format: Format, region: [usize; 2], by_reciprocal: bool) -> Tensor {
     let [batch, heads, rows, columns] = x.shape();
     let mut out = Tensor::zeros(x.shape());
     for b in 0..batch {
@@ -26,7 +28,10 @@ fn low_bit(x: &Tensor, format: Format, region: [usize; 2]) -> Tensor {
             let values: Vec<f32> = (0..rows)
                 .flat_map(|i| x.row(b, h, i).iter().map(|&x| x as f32))
                 .collect();
-            let head = quantize(&values, [rows, columns], format, region, false);
+            let mut head = quantize(&values, [rows, columns], format, region, false);
+            if by_reciprocal {
+                head.recode(|i, scale| values[i] * reciprocal(scale));
+            }
             for i in 0..rows {
                 for (j, value) in out.row_mut(b, h, i).iter_mut().enumerate() {
                     *value = head.value(i, j);
@@ -79,10 +84,10 @@ pub fn rounded(
         k[[b, h, j, d]] - mean[[b, h, 0, d]]
     });
     Rounded {
-        q: low_bit(q, formats.scores, [weights.block_q, dim]),
-        k: low_bit(&smooth, formats.scores, [weights.block_k, dim]),
+        q: low_bit(q, formats.scores, [weights.block_q, dim], true),
+        k: low_bit(&smooth, formats.scores, [weights.block_k, dim], true),
         v: if formats.fp8_values {
-            low_bit(v, Format::Fp8, [key_len, 1])
+            low_bit(v, Format::Fp8, [key_len, 1], false)
         } else {
             v.clone()
         },
@@ -90,10 +95,15 @@ pub fn rounded(
     }
 }
 
-/// The mean of every key of a head, or, of 8192 and more, of every `step`-th, `step` odd: `[B, Hkv, 1, D]`.
+/// `1 / scale` in 13 bits, so that its product with a 16-bit number is exact in f32.
+fn reciprocal(scale: f32) -> f32 {
+    f32::from_bits((1.0 / scale).to_bits() & 0xFFFF_F800)
+}
+
+/// The mean of every key of a head, or, of 4096 and more, of every `step`-th, `step` odd: `[B, Hkv, 1, D]`.
 fn mean_key(k: &Tensor) -> Tensor {
     let [batch, heads, len, dim] = k.shape();
-    let step = (len / 4096) | 1;
+    let step = (len / 2048) | 1;
     let sample = Tensor::from_fn([batch, heads, len.div_ceil(step), dim], |[b, h, j, d]| {
         k[[b, h, j * step, d]]
     });

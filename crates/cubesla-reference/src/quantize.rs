@@ -71,6 +71,19 @@ impl Quantized {
     }
 }
 
+impl Quantized {
+    /// Replaces the codes by those that `quotient` of an element's index and scale gives.
+    pub(crate) fn recode(&mut self, quotient: impl Fn(usize, f32) -> f32) {
+        for i in 0..self.codes.len() {
+            let [_, columns] = self.shape;
+            let scale = self.scales[self.block(i / columns, i % columns)];
+            // A NaN scale leaves no codes.
+            let unit = if scale.is_nan() { scale } else { 1.0 };
+            self.codes[i] = encode(quotient(i, scale), unit, None, self.format);
+        }
+    }
+}
+
 /// Quantizes row-major `values` with one scale for each block of `region` rows and columns.
 pub fn quantize(
     values: &[f32],

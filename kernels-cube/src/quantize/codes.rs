@@ -57,11 +57,29 @@ pub(crate) fn code(
     #[comptime] format: Format,
     #[comptime] zero_point: bool,
 ) -> u32 {
+    code_of_quotient(x / scale, scale, zero, format, zero_point)
+}
+
+/// `1 / scale` in 13 bits, so that its product with a 16-bit number is exact.
+#[cube]
+pub fn reciprocal_of_scale(scale: f32) -> f32 {
+    f32::reinterpret(u32::reinterpret(1.0 / scale) & 0xFFFF_F800)
+}
+
+/// The code of an element whose quotient by the scale is given.
+#[cube]
+pub(crate) fn code_of_quotient(
+    quotient: f32,
+    scale: f32,
+    zero: f32,
+    #[comptime] format: Format,
+    #[comptime] zero_point: bool,
+) -> u32 {
     if comptime!(format == Format::Fp8) {
-        encode_e4m3(x, scale)
+        encode_e4m3(quotient)
     } else {
         // Twice the range of the codes: what saturates here saturates below too.
-        let quotient = clamp(x / scale, -512.0, 512.0);
+        let quotient = clamp(quotient, -512.0, 512.0);
         let mut integer = nearest(quotient);
         if zero_point {
             let levels = comptime!(format.levels() as i32);
@@ -77,11 +95,11 @@ pub(crate) fn code(
     }
 }
 
-/// The e4m3 code of `x / scale`: nearest, ties to even, saturating at 448.
+/// The e4m3 code of `x`: nearest, ties to even, saturating at 448.
 #[cube]
-fn encode_e4m3(x: f32, scale: f32) -> u32 {
+fn encode_e4m3(x: f32) -> u32 {
     let sign = (u32::reinterpret(x) >> 24) & 0x80;
-    let quotient = magnitude(x / scale);
+    let quotient = magnitude(x);
     // Normal numbers: the mantissa's lowest 20 bits are rounded off, 127 - 7 taken from the exponent.
     let odd = (quotient >> 20) & 1;
     let normal = ((quotient + 0x7_FFFF + odd) >> 20) - 960;

@@ -17,8 +17,8 @@ mod convert;
 mod rows;
 mod scales;
 
-pub(crate) use codes::{code, is_nan, number, round_e4m3};
-pub use codes::{finite_magnitude, scale_of};
+pub(crate) use codes::{code, code_of_quotient, is_nan, number, round_e4m3};
+pub use codes::{finite_magnitude, reciprocal_of_scale, scale_of};
 pub use convert::{dequantize, fake_quantize, quantize};
 
 use cubecl::prelude::*;

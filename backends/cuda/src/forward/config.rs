@@ -46,7 +46,7 @@ impl WgmmaTile {
 
     /// Bytes of shared memory.
     pub fn shared_memory(&self) -> usize {
-        self.streams * self.layout(self.value_bytes()).bytes
+        self.streams * self.layout(self.query_bytes(), self.value_bytes()).bytes
     }
 
     /// Tiles of queries of a stream: where they stay in shared memory, those of its next item come while
@@ -55,9 +55,9 @@ impl WgmmaTile {
         if self.streams > 1 { 2 } else { 1 }
     }
 
-    /// Where the tiles of a stream lie, with tiles of values of `value_bytes`.
-    fn layout(&self, value_bytes: usize) -> Layout {
-        let keys = self.query_tiles() * self.query_bytes();
+    /// Where the tiles of a stream lie, with tiles of queries and of values of so many bytes.
+    fn layout(&self, query_bytes: usize, value_bytes: usize) -> Layout {
+        let keys = self.query_tiles() * query_bytes;
         let values = keys + self.stages * self.key_bytes();
         let out = values + self.stages * value_bytes;
         let barriers = out + self.consumers * self.out_bytes();
@@ -167,9 +167,10 @@ pub(crate) fn tile_bytes(rows: usize, width: usize) -> usize {
     width.div_ceil(64) * rows * 128
 }
 
-/// Notes on items: consumers finish one when they have begun the next, and the producer is ahead of
-/// them by another; an even number to each of two slots of queries.
-const ITEM_NOTES: usize = 4;
+/// Notes on items: consumers finish one when they have begun the next, and the producer is ahead of them by
+/// another, or by as many as there are stages where it loads no queries; an even number to each of two slots
+/// of queries.
+pub(crate) const ITEM_NOTES: usize = 8;
 
 /// The note after `note`.
 #[cube]
@@ -205,12 +206,16 @@ pub(crate) struct Memory {
 impl Memory {
     /// Reserves the shared memory of a cube, and takes that of its first stream.
     pub fn new(#[comptime] tile: WgmmaTile) -> Memory {
-        Memory::with_values(tile, tile.value_bytes())
+        Memory::with_tiles(tile, tile.query_bytes(), tile.value_bytes())
     }
 
-    /// As [`new`](Self::new), with tiles of values of `value_bytes`.
-    pub fn with_values(#[comptime] tile: WgmmaTile, #[comptime] value_bytes: usize) -> Memory {
-        let layout = comptime!(tile.layout(value_bytes));
+    /// As [`new`](Self::new), with tiles of queries and of values of so many bytes.
+    pub fn with_tiles(
+        #[comptime] tile: WgmmaTile,
+        #[comptime] query_bytes: usize,
+        #[comptime] value_bytes: usize,
+    ) -> Memory {
+        let layout = comptime!(tile.layout(query_bytes, value_bytes));
         let words = comptime!(tile.streams * layout.bytes / 4);
         let all = Shared::<[u32]>::new_aligned_slice(words, 1024usize);
         Memory::at(generic_to_shared::<u32>(all.as_ptr()), layout)
@@ -229,7 +234,7 @@ impl Memory {
 
     /// The memory of another stream of 16-bit values, of the first one's.
     pub fn of_stream(&self, stream: u32, #[comptime] tile: WgmmaTile) -> Memory {
-        let layout = comptime!(tile.layout(tile.value_bytes()));
+        let layout = comptime!(tile.layout(tile.query_bytes(), tile.value_bytes()));
         Memory::at(
             self.queries + stream * comptime!(layout.bytes as u32),
             layout,
@@ -254,6 +259,12 @@ impl Memory {
     /// Completes when every consumer warp has read them.
     pub fn query_empty(&self, slot: u32) -> u32 {
         self.query_full(slot) + 8
+    }
+
+    /// Completes when the queries in slot 0 have been measured, where a kernel does that: slot 1 is not in
+    /// use there.
+    pub fn measured(&self) -> u32 {
+        self.query_full(1u32)
     }
 
     /// Completes when a stage's keys have arrived.

@@ -10,7 +10,7 @@ use super::LOAD;
 /// Units of a cube.
 const UNITS: usize = 256;
 /// Rows of a cube.
-const CHUNK: usize = 256;
+const CHUNK: usize = 128;
 
 /// By columns of a head, f32.
 pub(super) struct Columns {

@@ -1,5 +1,8 @@
 //! What the low-bit kernels are compiled for.
 
+use cubesla_kernels::quantize::Format;
+
+use crate::forward::config::tile_bytes;
 use crate::forward::kernel::ForwardConfig;
 use crate::ptx::low_bit::LowBitProducts;
 
@@ -24,6 +27,40 @@ impl LowBitConfig {
             keys: products.keys,
             int8: self.int8,
             format: (!self.fp8).then_some(products.format()),
+        }
+    }
+
+    /// Width of queries and keys.
+    pub fn head_dim(&self) -> usize {
+        2 * self.forward.tile.head_dim
+    }
+
+    /// Of queries and keys.
+    pub fn scores(&self) -> Format {
+        if self.int8 { Format::Int8 } else { Format::Fp8 }
+    }
+
+    /// Width of queries in boxes of 64 columns.
+    pub fn boxed_dim(&self) -> usize {
+        self.head_dim().next_multiple_of(64)
+    }
+
+    /// Of a tile of queries, in 16 bits.
+    pub fn query_bytes(&self) -> usize {
+        tile_bytes(self.forward.tile.rows(), self.head_dim())
+    }
+
+    /// What tensor cores call the inputs' type.
+    pub fn products_format(&self) -> &'static str {
+        self.forward.tile.products().format()
+    }
+
+    /// The bits of infinity in the inputs' type.
+    pub fn infinity(&self) -> u32 {
+        if self.forward.tile.bf16 {
+            0x7F80
+        } else {
+            0x7C00
         }
     }
 
@@ -55,6 +92,7 @@ impl LowBitConfig {
         let accumulators = p.value_dim / 2 * if self.fp8 { 2 } else { 1 };
         let scores = p.keys / 2 * if self.ahead() { 2 } else { 1 };
         let named = accumulators + scores + p.head_dim / 8 + 2 * self.weight_words();
-        (self.forward.tile.consumers == 2 && (self.ahead() || named > 130)).then_some((24, 240))
+        let numbers = if self.ahead() { (24, 240) } else { (40, 232) };
+        (self.forward.tile.consumers == 2 && (self.ahead() || named > 130)).then_some(numbers)
     }
 }

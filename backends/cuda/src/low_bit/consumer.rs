@@ -7,6 +7,8 @@ use super::config::LowBitConfig;
 use super::epilogue::store;
 use super::kernel::Scales;
 use super::producer::ScaledKeys;
+use super::queries::take_queries;
+use super::scratch::Scratch;
 use super::softmax::{make_tile_weights, write_weights};
 use crate::forward::config::{Memory, Place, next_note};
 use crate::forward::consumer::{LookAhead, LookAheadExpand, attend_ahead, release};
@@ -23,13 +25,13 @@ pub(super) fn consume<F: Float>(
     out: &TensorMap<F, Tiled>,
     scales: &Scales,
     lse: &mut [f32],
-    bias: u32,
+    scratch: Scratch,
     memory: Memory,
     scalars: ForwardScalars,
     #[comptime] config: LowBitConfig,
 ) {
     let out = tensor_map_address(out);
-    let mut consumer = Consumer::new(memory, bias, config);
+    let mut consumer = Consumer::new(memory, scratch, config);
     let mut index = CUBE_POS_X;
     consumer.begin(true, memory);
     while index < scalars.items {
@@ -44,8 +46,11 @@ pub(super) fn consume<F: Float>(
         consumer.finish(&rows, memory);
         // Read again: registers are scarce between.
         let item = Item::read(memory, consumer.note);
-        consumer.note = next_note(consumer.note);
-        store(out, lse, scales, memory, item, &rows, scalars, config);
+        let note = consumer.note;
+        store(
+            out, lse, scales, scratch, note, memory, item, &rows, scalars, config,
+        );
+        consumer.note = next_note(note);
         if comptime!(!config.fp8) {
             consumer.upper_max = rows.upper.max;
             consumer.lower_max = rows.lower.max;
@@ -74,15 +79,16 @@ struct Consumer {
     lower_max: f32,
     key_tiles: Descriptors,
     value_tiles: Descriptors,
-    /// Where the scores' bias lies.
-    bias: u32,
+    /// Of the queries whose scores were begun last, for base-2 scores.
+    query_scale: f32,
+    scratch: Scratch,
     #[cube(comptime)]
     config: LowBitConfig,
 }
 
 #[cube]
 impl Consumer {
-    fn new(memory: Memory, bias: u32, #[comptime] config: LowBitConfig) -> Consumer {
+    fn new(memory: Memory, scratch: Scratch, #[comptime] config: LowBitConfig) -> Consumer {
         let tile = comptime!(config.forward.tile);
         let keys = comptime!(tile.keys);
         let values = comptime!(if config.fp8 {
@@ -101,7 +107,8 @@ impl Consumer {
             lower_max: FLOOR,
             key_tiles: Descriptors::new(memory.keys, wgmma::DESCRIPTION, tile.key_bytes()),
             value_tiles: Descriptors::new(memory.values, values, config.value_bytes()),
-            bias,
+            query_scale: 0.0,
+            scratch,
             config,
         }
     }
@@ -112,10 +119,14 @@ impl Consumer {
         let config = comptime!(self.config);
         if more {
             barrier::wait(memory.query_full(0u32), self.query_parity);
+            barrier::wait(memory.measured(), self.query_parity);
+        } else {
+            // Shifts of the last item are there then; those of others, when the next one's queries are.
+            barrier::wait(memory.query_empty(0u32), self.query_parity ^ 1);
         }
+        let scale = take_queries(memory, self.scratch, config);
+        self.query_scale = scale * std::f32::consts::LOG2_E;
         self.query_parity ^= 1;
-        let warp_rows = memory.queries + UNIT_POS / 32 * comptime!(16 * 128u32);
-        low_bit::load_queries(warp_rows, config.forward.tile.rows(), config.products());
         sync_plane();
         if more && UNIT_POS % 32 == 0 {
             barrier::arrive(memory.query_empty(0u32));
@@ -204,14 +215,14 @@ impl Consumer {
     /// no `more`.
     fn begin_scores(&mut self, more: bool, memory: Memory, #[comptime] buffer: usize) {
         let config = comptime!(self.config);
-        low_bit::bias_scores(self.bias, buffer, config.products());
+        low_bit::bias_scores(self.scratch.bias(), buffer, config.products());
         self.before.set(&self.begun);
         self.begun.advance();
         let stage = self.begun.stage;
         if more {
             barrier::wait(memory.key_full(stage), self.begun.parity);
         }
-        self.tile.read(memory, stage);
+        self.tile.read(memory, stage, self.query_scale);
         wgmma::fence();
         low_bit::scores(self.key_tiles.at(stage), buffer, config.products());
         wgmma::commit();

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::config::LowBitConfig;
 use super::kernel::Scales;
+use super::scratch::Scratch;
 use super::softmax::FP8_SHIFT;
 use crate::forward::config::Memory;
 use crate::forward::epilogue::{begin_staging, inverse, stage_group, store_staged};
@@ -17,19 +18,17 @@ pub(super) fn store(
     out: u64,
     lse: &mut [f32],
     scales: &Scales,
+    scratch: Scratch,
+    note: u32,
     memory: Memory,
     item: Item,
     rows: &RowPair,
     scalars: ForwardScalars,
     #[comptime] config: LowBitConfig,
 ) {
-    // Loaded here, for what is told last: its latency passes beside the rest.
     let head_index = (item.batch * scalars.heads + item.head) as usize;
     let first_row = head_index * scalars.query_len as usize;
     let query = upper_query(item.first_query);
-    let last = scalars.query_len - 1;
-    let upper_shift = scales.shift[first_row + min(query, last) as usize];
-    let lower_shift = scales.shift[first_row + min(query + 8, last) as usize];
     let upper_sum = quad_sum(rows.upper.sum);
     let lower_sum = quad_sum(rows.lower.sum);
     let staging = begin_staging(memory, config.forward);
@@ -48,8 +47,9 @@ pub(super) fn store(
         let at = first_row + query as usize;
         let upper_exists = query < scalars.query_len;
         let lower_exists = query + 8 < scalars.query_len;
-        let upper_shift = scalars.scale * upper_shift;
-        let lower_shift = scalars.scale * lower_shift;
+        let row = query - item.first_query;
+        let upper_shift = scalars.scale * scratch.read_shift(note, row);
+        let lower_shift = scalars.scale * scratch.read_shift(note, row + 8);
         store_row_lse(
             lse,
             at,

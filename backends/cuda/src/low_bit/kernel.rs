@@ -1,20 +1,21 @@
 //! The kernel: the producer and consumers of [`crate::forward`], with 8-bit products.
 
 use cubecl::prelude::*;
-use cubecl_cpp::cuda::ptx::generic_to_shared;
 use cubesla_kernels::block_list::BlockListView;
 
 use super::config::LowBitConfig;
 use super::consumer::consume;
 use super::producer::produce;
+use super::queries::{produce_queries, produce_shifts};
+use super::scratch::Scratch;
 use crate::forward::config::Memory;
-use crate::forward::kernel::{ForwardScalars, init_barriers};
+use crate::forward::kernel::{ForwardScalars, init_barriers_for};
 use crate::ptx::{barrier, low_bit, wgmma};
 
 /// Block-sparse attention on 8-bit queries and keys. Grid: as of the 16-bit kernel.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
-    q: &TensorMap<u32, Tiled>, // [B, Hq, Lq, D / 4]
+    q: &TensorMap<F, Tiled>,   // [B, Hq, Lq, D]
     k: &TensorMap<u32, Tiled>, // [B, Hkv, Lk, D / 4]
     v: &TensorMap<V, Tiled>,   // [B, Hkv, Lk, Dv], or words of FP8 [B, Hkv, Dv, Lk / 4]
     out: &TensorMap<F, Tiled>, // [B, Hq, Lq, Dv]
@@ -27,15 +28,18 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
     #[define(V)] _value_type: ElemType,
 ) {
     let tile = comptime!(config.forward.tile);
-    let memory = Memory::with_values(tile, comptime!(config.value_bytes()));
+    let (query_bytes, value_bytes) = comptime!((config.query_bytes(), config.value_bytes()));
+    let memory = Memory::with_tiles(tile, query_bytes, value_bytes);
+    let scratch = Scratch::new(config);
     low_bit::declare_registers(config.products());
 
     let consumers = comptime!(tile.consumers as u32);
-    let bias = Shared::<[u32]>::new_aligned_slice(4usize, 16usize);
-    let bias = generic_to_shared::<u32>(bias.as_ptr());
     if UNIT_POS == 0 {
-        low_bit::write_bias(bias);
-        init_barriers(memory, tile);
+        scratch.init();
+        // Beside the consumers' warps one for each of them that multiplies by the mean key.
+        init_barriers_for(memory, consumers * 5, tile);
+        barrier::init(memory.measured(), 1);
+
         barrier::fence_init();
     }
     sync_cube();
@@ -44,8 +48,13 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
         if comptime!(config.registers().is_some()) {
             wgmma::shrink_registers(comptime!(config.registers().unwrap().0));
         }
-        if UNIT_POS == consumers * 128 {
-            produce::<V>(q, k, v, list, scales, memory, scalars, config);
+        let warp = UNIT_POS / 32 - consumers * 4;
+        if warp == 1 {
+            produce_queries::<F>(q, list, &scales.mean, memory, scratch, scalars, config);
+        } else if warp >= 2 && warp < 2 + consumers {
+            produce_shifts(warp - 2, memory, scratch, scalars, config);
+        } else if warp == 0 {
+            produce::<V>(k, v, list, scales, memory, scalars, config);
         }
     } else {
         if comptime!(config.registers().is_some()) {
@@ -54,19 +63,17 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
                 wgmma::claim_registers();
             }
         }
-        consume::<F>(out, scales, lse, bias, memory, scalars, config);
+        consume::<F>(out, scales, lse, scratch, memory, scalars, config);
     }
 }
 
 /// What turns products of codes into scores and outputs.
 #[derive(CubeType, CubeLaunch)]
 pub(crate) struct Scales {
-    /// Of blocks of queries, `[B, Hq, M]`.
-    pub queries: Box<[f32]>,
     /// Of blocks of keys, `[B, Hkv, N]`.
     pub keys: Box<[f32]>,
     /// Of columns of FP8 values, `[B, Hkv, Dv]`.
     pub values: Box<[f32]>,
-    /// `Q mean(K)^T`, which smoothing took from every score of a row, `[B, Hq, Lq]`.
-    pub shift: Box<[f32]>,
+    /// What smoothing took from all keys of a head, `[B, Hkv, D]`.
+    pub mean: Box<[f32]>,
 }

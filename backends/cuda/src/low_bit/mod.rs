@@ -10,7 +10,8 @@
 //!   their keys ordered as a unit holds its weights: weights never leave their registers.
 //! - FP8 products add up with fewer bits than f32 has. Each tile's product is added to the f32
 //!   accumulator by an FMA, which rescales it on the way.
-//! - Quantization reads each element as seldom as it can: queries once, keys and values twice.
+//! - Quantization reads each element as seldom as it can: queries once, in the kernel itself; keys once, and a
+//!   sample of them before, for their mean; values, in FP8, twice.
 
 mod columns;
 mod config;
@@ -18,7 +19,9 @@ mod consumer;
 mod epilogue;
 mod kernel;
 mod producer;
+mod queries;
 mod rows;
+mod scratch;
 mod softmax;
 mod values;
 
@@ -33,7 +36,7 @@ use cubesla_kernels::attention::{
 };
 use cubesla_kernels::{AttentionProblem, Causal, DeviceTensor};
 use kernel::{ScalesLaunch, low_bit_forward_wgmma};
-use rows::{quantize_keys, quantize_queries};
+use rows::quantize_keys;
 use values::transpose_values;
 
 use crate::forward::kernel::ForwardConfig;
@@ -104,7 +107,6 @@ pub fn launch_low_bit_wgmma(
     let tile = config.forward.tile;
     let format = plan.formats.scores.format();
     let columns = Columns::new(client, problem, k, v, config.fp8);
-    let (queries, shift) = quantize_queries(client, q, &columns.mean, problem.block_q(), format);
     let keys = quantize_keys(client, k, &columns.mean, problem.block_k(), format);
     let transposed = config.fp8.then(|| transpose_values(client, v, &columns));
     let word = ElemType::UInt(UIntKind::U32);
@@ -120,7 +122,6 @@ pub fn launch_low_bit_wgmma(
         }
         None => (tensor_map(v, tile.keys), problem.dtype().elem_type()),
     };
-    let row_map = |rows: &DeviceTensor<4>, count| word_map(rows, count, 32, TensorMapSwizzle::B128);
     // SAFETY: bulk copies stay inside the tensors by themselves; lists hold valid key blocks; the
     // log-sum-exp is written for rows below `query_len` only.
     unsafe {
@@ -129,16 +130,15 @@ pub fn launch_low_bit_wgmma(
             CubeCount::Static(plan.forward.cubes as u32, 1, 1),
             CubeDim::new_1d(tile.units() as u32),
             AddressType::U32,
-            row_map(&queries.words, tile.rows()),
-            row_map(&keys.words, tile.keys),
+            tensor_map(q, tile.rows()),
+            word_map(&keys.words, tile.keys, 32, TensorMapSwizzle::B128),
             values,
             tensor_map(outputs.out, 64),
             list.launch_arg(),
             ScalesLaunch::new(
-                queries.scales.buffer_arg(),
                 keys.scales.buffer_arg(),
                 columns.scales.buffer_arg(),
-                shift.buffer_arg(),
+                columns.mean.buffer_arg(),
             ),
             outputs.lse.buffer_arg(),
             scalars(problem, plan.forward.cubes),

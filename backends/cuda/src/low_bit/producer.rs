@@ -2,21 +2,20 @@
 
 use cubecl::prelude::*;
 use cubecl_cpp::cuda::ptx::tensor_map_address;
-use cubesla_kernels::block_list::BlockListView;
+use cubesla_kernels::block_list::{BlockListView, Span};
 
 use super::config::LowBitConfig;
 use super::kernel::Scales;
 use super::softmax::short_factor;
-use crate::forward::config::{Memory, Place, next_note};
+use crate::forward::config::Memory;
 use crate::forward::kernel::{ForwardScalars, Work};
 use crate::forward::producer::{Keys, Source};
 use crate::ptx::tma::L2;
-use crate::ptx::{barrier, math, tma, value};
+use crate::ptx::{barrier, math, tma, value, wgmma};
 
-/// Loads the queries of each item and the keys and values of each tile as soon as there is room.
+/// Loads the keys and values of each tile as soon as there is room. Another warp loads queries.
 #[cube]
 pub(super) fn produce<V: Numeric>(
-    q: &TensorMap<u32, Tiled>,
     k: &TensorMap<u32, Tiled>,
     v: &TensorMap<V, Tiled>,
     list: &BlockListView,
@@ -25,91 +24,140 @@ pub(super) fn produce<V: Numeric>(
     scalars: ForwardScalars,
     #[comptime] config: LowBitConfig,
 ) {
-    let q = tensor_map_address(q);
     let k = tensor_map_address(k);
     let v = tensor_map_address(v);
     let tile = comptime!(config.forward.tile);
-    let mut place = Place::first(tile.stages);
-    // The phase before a barrier's first counts as complete, so the first waits pass.
-    let mut query_parity = 1u32;
-    let mut note = 0u32;
+    let leads = UNIT_POS % 32 == 0;
+    // Tiles so far, of less than 2^29, and above them the item's note: one register for a stage, its parity and
+    // that.
+    let mut number = 0u32;
     let mut index = CUBE_POS_X;
     while index < scalars.items {
         let work = Work::new(list, index, scalars, config.forward).never_empty();
         let item = work.item;
-        barrier::wait(memory.query_empty(0u32), query_parity);
-        query_parity ^= 1;
-        item.write(memory, note);
-        note = next_note(note);
-        let full = memory.query_full(0u32);
-        barrier::arrive_expect(full, comptime!(tile.query_bytes() as u32));
-        tma::load(
-            memory.queries,
-            q,
-            full,
-            0u32,
-            item.first_query,
-            item.head,
-            item.batch,
-            L2::Normal,
-        );
+        if leads {
+            // The tiles before this item were begun when the keys of all but as many as there are stages had been
+            // read, so no more notes are in use, and one.
+            item.write(memory, number >> 29);
+        }
+        number += comptime!(1u32 << 29);
         let source = Source {
             head: item.head / scalars.group,
             batch: item.batch,
         };
-        let key_blocks = scalars
-            .key_len
-            .div_ceil(comptime!(config.forward.block_k as u32));
-        let heads = scalars.heads / scalars.group;
-        let first_scale = (source.batch * heads + source.head) * key_blocks;
-        let queries = scalars.scale * std::f32::consts::LOG2_E * scales.queries[index as usize];
-        for t in 0..item.tiles {
-            let keys = work.tile(list, t);
-            barrier::wait(memory.key_empty(place.stage), place.parity ^ 1);
-            let block = keys.first / comptime!(config.forward.block_k as u32);
-            let mut scale = f32::new(0.0);
-            if block < key_blocks {
-                scale = scales.keys[(first_scale + block) as usize];
+        let mut own = Lookup {
+            first: 0,
+            count: 0,
+            scale: 0.0,
+        };
+        let mut t = 0u32;
+        while t < item.tiles {
+            if t % 32 == 0 {
+                let own_tile = min(t + wgmma::here(UNIT_POS) % 32, item.tiles - 1);
+                own.find(work.tile(list, own_tile), source, scales, scalars, config);
             }
-            // Positive, also where it would underflow, so that it leaves masked scores below all others.
-            let factor = short_factor(queries * scale + 1.0e-37);
-            write_keys(memory, place.stage, Keys::new(keys), factor, t == 0);
-            let full = memory.key_full(place.stage);
-            barrier::arrive_expect(full, comptime!(tile.key_bytes() as u32));
-            let to = memory.keys + place.stage * comptime!(tile.key_bytes() as u32);
-            tma::load(
-                to,
-                k,
-                full,
-                0u32,
-                keys.first,
-                source.head,
-                source.batch,
-                L2::Normal,
-            );
-
-            barrier::wait(memory.value_empty(place.stage), place.parity ^ 1);
-            let full = memory.value_full(place.stage);
-            barrier::arrive_expect(full, comptime!(config.value_bytes() as u32));
-            let to = memory.values + place.stage * comptime!(config.value_bytes() as u32);
-            if comptime!(config.fp8) {
-                let column = keys.first / 4;
+            let found = own.of_unit(t % 32);
+            let stage = number % comptime!(tile.stages as u32);
+            let parity = number / comptime!(tile.stages as u32) % 2;
+            // The phase before a barrier's first counts as complete, so the first waits pass.
+            barrier::wait(memory.key_empty(stage), parity ^ 1);
+            if leads {
+                found.write(memory, stage, t == 0);
+                let full = memory.key_full(stage);
+                barrier::arrive_expect(full, comptime!(tile.key_bytes() as u32));
+                let to = memory.keys + stage * comptime!(tile.key_bytes() as u32);
                 tma::load(
                     to,
-                    v,
+                    k,
                     full,
-                    column,
                     0u32,
+                    found.first,
                     source.head,
                     source.batch,
                     L2::Normal,
                 );
-            } else {
-                source.load(to, v, full, keys.first, tile.keys, tile.value_dim);
             }
-            place.advance();
+            barrier::wait(memory.value_empty(stage), parity ^ 1);
+            if leads {
+                let full = memory.value_full(stage);
+                barrier::arrive_expect(full, comptime!(config.value_bytes() as u32));
+                let to = memory.values + stage * comptime!(config.value_bytes() as u32);
+                if comptime!(config.fp8) {
+                    let column = found.first / 4;
+                    tma::load(
+                        to,
+                        v,
+                        full,
+                        column,
+                        0u32,
+                        source.head,
+                        source.batch,
+                        L2::Normal,
+                    );
+                } else {
+                    source.load(to, v, full, found.first, tile.keys, tile.value_dim);
+                }
+            }
+            number += 1;
+            // Not unrolled: there are 24 registers.
+            t = wgmma::here(t + 1);
         }
-        index += CUBE_COUNT_X;
+        // An argument, as there is no register to keep the number of cubes.
+        index += scalars.stride;
+    }
+}
+
+/// What the list and the keys' scales say of a tile. Each unit of the warp looks up another tile, so that their
+/// latency comes once in 32 tiles.
+#[derive(CubeType)]
+struct Lookup {
+    first: u32,
+    count: u32,
+    /// Of the keys' codes, times that of scores.
+    scale: f32,
+}
+
+#[cube]
+impl Lookup {
+    /// Looks up the tile that has these keys.
+    fn find(
+        &mut self,
+        span: Span,
+        source: Source,
+        scales: &Scales,
+        scalars: ForwardScalars,
+        #[comptime] config: LowBitConfig,
+    ) {
+        let keys = Keys::new(span);
+        self.first = keys.first;
+        self.count = keys.count;
+        let block_k = comptime!(config.forward.block_k as u32);
+        let key_blocks = scalars.key_len.div_ceil(block_k);
+        let block = keys.first / block_k;
+        self.scale = 0.0;
+        if block < key_blocks {
+            let head = source.batch * (scalars.heads / scalars.group) + source.head;
+            self.scale = scales.keys[(head * key_blocks + block) as usize] * scalars.scale;
+        }
+    }
+
+    /// What another unit looked up.
+    fn of_unit(&self, unit: u32) -> Lookup {
+        Lookup {
+            first: plane_shuffle(self.first, unit),
+            count: plane_shuffle(self.count, unit),
+            scale: plane_shuffle(self.scale, unit),
+        }
+    }
+
+    /// Tells consumers.
+    fn write(&self, memory: Memory, stage: u32, first: bool) {
+        let mut words = Vector::<u32, Const<4>>::empty();
+        words.insert(0usize, u32::reinterpret(self.scale));
+        words.insert(1usize, select(first, 0, self.count));
+        words.insert(2usize, self.first);
+        words.insert(3usize, self.count);
+        math::store_chunk(memory.key_note(stage), words);
     }
 }
 
@@ -134,10 +182,12 @@ impl ScaledKeys {
         }
     }
 
-    /// Takes those of a stage that have arrived.
-    pub fn read(&mut self, memory: Memory, stage: u32) {
+    /// Takes those of a stage that have arrived, for queries of this scale.
+    pub fn read(&mut self, memory: Memory, stage: u32, query_scale: f32) {
         let words = math::load_chunk(memory.key_note(stage));
-        self.factor = f32::reinterpret(words.extract(0usize));
+        let scale = f32::reinterpret(words.extract(0usize));
+        // Positive, also where it would underflow, so that it leaves masked scores below all others.
+        self.factor = short_factor(fma(scale, query_scale, 1.0e-37));
         self.mark = words.extract(1usize);
         self.keys.first = words.extract(2usize);
         self.keys.count = words.extract(3usize);
@@ -151,15 +201,4 @@ impl ScaledKeys {
             mark: value::<u32>(self.mark),
         }
     }
-}
-
-/// Tells consumers which keys are in a stage.
-#[cube]
-fn write_keys(memory: Memory, stage: u32, keys: Keys, factor: f32, first: bool) {
-    let mut words = Vector::<u32, Const<4>>::empty();
-    words.insert(0usize, u32::reinterpret(factor));
-    words.insert(1usize, select(first, 0, keys.count));
-    words.insert(2usize, keys.first);
-    words.insert(3usize, keys.count);
-    math::store_chunk(memory.key_note(stage), words);
 }

@@ -6,7 +6,7 @@ use cubesla_kernels::{DType, DeviceTensor};
 
 use super::LOAD;
 use super::columns::Columns;
-use super::rows::Divisor;
+use super::rows::bound;
 use crate::ptx::low_bit::{clamp_magnitude, pack_e4m3};
 
 /// Units of a cube.
@@ -87,17 +87,25 @@ fn transpose_values_kernel<F: Float, N: Size>(
             #[unroll]
             for e in 0..LOAD {
                 let scale = head * dim + column + e;
-                let divisor = Divisor::with_inverse(scales[scale], inverses[scale], Format::Fp8);
+                let (inverse, scale) = (inverses[scale], scales[scale]);
                 let to = (head * dim + column + e) * per_row as usize + (first / 4 + word) as usize;
-                let bound = divisor.bound();
+                let bound = bound(scale, Format::Fp8);
                 let mut four = Array::<f32>::new(4usize);
                 #[unroll]
                 for i in 0..4usize {
                     let value = clamp_magnitude(values[comptime!(i * LOAD + e)], bound);
-                    four[i] = divisor.quotient(value);
+                    four[i] = quotient(value, scale, inverse);
                 }
                 words[to] = pack_e4m3(four[0], four[1], four[2], four[3]);
             }
         }
     }
+}
+
+/// `x / scale` of a finite `x`, rounded once: the quotient by the rounded reciprocal, corrected by its exact
+/// remainder.
+#[cube]
+fn quotient(x: f32, scale: f32, inverse: f32) -> f32 {
+    let quotient = x * inverse;
+    fma(fma(-quotient, scale, x), inverse, quotient)
 }

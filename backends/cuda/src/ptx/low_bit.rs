@@ -19,8 +19,7 @@ use cubecl::prelude::*;
 use super::math::store_chunk;
 use super::value;
 use super::wgmma::{
-    add_product, clear, list, load_rows, moves, probability_buffer, read_eight, score_buffer,
-    write_four,
+    add_product, clear, list, moves, probability_buffer, read_eight, score_buffer, write_four,
 };
 
 /// Sizes of the products of one kernel.
@@ -77,12 +76,32 @@ pub(crate) fn description_of_values(keys: usize) -> u64 {
     (swizzle << 62) | ((keys as u64 / 2) << 32) | (1 << 16)
 }
 
-/// Loads the registers `qry` from a tile of queries in rows of 128 bytes with the 128-byte swizzle:
-/// `at` is the tile's first row of the warp's 16.
+/// Replaces registers `4 group..4 group + 4` of `qry`; no product may be reading them.
 #[cube]
-pub(crate) fn load_queries(at: u32, #[comptime] rows: usize, #[comptime] p: LowBitProducts) {
-    // Two 8-bit elements move as one of 16 bits does.
-    load_rows("qry", at, rows, comptime!(p.head_dim / 2));
+pub(crate) fn write_queries(words: Vector<u32, Const<4>>, #[comptime] group: usize) {
+    write_four("qry", words, group);
+}
+
+/// The larger magnitudes of 16-bit numbers, by halves, of `largest`, which are magnitudes, and of `word`: as
+/// bits, so that NaN is larger than all others.
+#[cube]
+pub(crate) fn max_halves(largest: u32, word: u32) -> u32 {
+    let (largest, word) = (value::<u32>(largest), value::<u32>(word));
+    let y: u32;
+    gpu_asm!(
+        "{{ .reg .b32 size; and.b32 size, {word}, 0x7FFF7FFF; max.u16x2 {y}, {largest}, size; }}",
+        y = out(_) y, largest = in(_) largest, word = in(_) word,
+        options(pure, nomem)
+    );
+    y
+}
+
+/// The magnitudes of the halves of `word`, with 0 for those that are `infinity`.
+#[cube]
+pub(crate) fn without_halves(word: u32, infinity: u32) -> u32 {
+    let low = word & 0x7FFF;
+    let high = word >> 16 & 0x7FFF;
+    select(low == infinity, 0, low) | select(high == infinity, 0, high) << 16
 }
 
 /// Begins `S = Q K^T` with `Q` the registers `qry` and `K` the tile that `keys` describes, into buffer 0

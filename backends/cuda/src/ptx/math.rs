@@ -49,12 +49,22 @@ pub(crate) fn pack(low: f32, high: f32, #[comptime] format: &'static str) -> u32
 pub(crate) fn unpack(x: u32, #[comptime] format: &'static str) -> Vector<f32, Const<2>> {
     let x = value::<u32>(x);
     let y: Vector<f32, Const<2>>;
-    gpu_asm!(
-        "/* {y} */ {{ .reg .b16 low, high; mov.b32 {{low, high}}, {x}; \
-         cvt.f32.{format} %0, low; cvt.f32.{format} %1, high; }}",
-        y = out(_) y, x = in(_) x, format = const format,
-        options(pure, nomem)
-    );
+    if comptime!(format == "bf16") {
+        // The upper half of the same number in f32.
+        gpu_asm!(
+            "/* {y} */ {{ .reg .b32 low, high; shl.b32 low, {x}, 16; and.b32 high, {x}, 0xFFFF0000; \
+             mov.b32 %0, low; mov.b32 %1, high; }}",
+            y = out(_) y, x = in(_) x,
+            options(pure, nomem)
+        );
+    } else {
+        gpu_asm!(
+            "/* {y} */ {{ .reg .b16 low, high; mov.b32 {{low, high}}, {x}; \
+             cvt.f32.{format} %0, low; cvt.f32.{format} %1, high; }}",
+            y = out(_) y, x = in(_) x, format = const format,
+            options(pure, nomem)
+        );
+    }
     y
 }
 
@@ -88,6 +98,22 @@ pub(crate) fn load_chunk(from: u32) -> Vector<u32, Const<4>> {
     let words: Vector<u32, Const<4>>;
     gpu_asm!("ld.shared.v4.b32 {words}, [{from}];", words = out(_) words, from = in(_) from);
     words
+}
+
+/// Loads a f32 from shared memory.
+#[cube]
+pub(crate) fn load_f32(from: u32) -> f32 {
+    let from = value::<u32>(from);
+    let x: f32;
+    gpu_asm!("ld.shared.f32 {x}, [{from}];", x = out(_) x, from = in(_) from);
+    x
+}
+
+/// Stores a word to shared memory.
+#[cube]
+pub(crate) fn store_word(to: u32, word: u32) {
+    let (to, word) = (value::<u32>(to), value::<u32>(word));
+    gpu_asm!("st.shared.b32 [{to}], {word};", to = in(_) to, word = in(_) word);
 }
 
 /// Stores 16 bytes to shared memory.

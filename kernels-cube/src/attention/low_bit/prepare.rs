@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::LowBit;
 use super::values::CHUNK;
 use crate::limits::{expect_buffer, expect_loop_budget, grid};
-use crate::quantize::{Format, code, finite_magnitude, scale_of};
+use crate::quantize::{Format, code_of_quotient, finite_magnitude, reciprocal_of_scale, scale_of};
 use crate::router::mean_pool;
 use crate::{AttentionProblem, DType, DeviceTensor, ProblemError};
 
@@ -26,7 +26,7 @@ pub(super) fn expect_budget(
 }
 
 /// Keys of a head whose mean is its mean key, at least, where there are more.
-const SAMPLE: usize = 2048;
+const SAMPLE: usize = 1024;
 
 /// The keys of `k [B, H, L, D]` whose mean smoothing takes from all of them: every key, or of a long head
 /// every `step`-th.
@@ -172,6 +172,7 @@ fn quantize_blocks_kernel<F: Float>(
     if unit == 0 {
         scales[head * CUBE_COUNT_X as usize + CUBE_POS_X as usize] = scale;
     }
+    let reciprocal = reciprocal_of_scale(scale);
     let per_row = dim / 4;
     for step in 0..(rows * per_row).div_ceil(comptime!(UNITS as u32)) {
         let at = step * comptime!(UNITS as u32) + UNIT_POS;
@@ -184,7 +185,7 @@ fn quantize_blocks_kernel<F: Float>(
                 if smooth {
                     value -= mean[head * dim as usize + column];
                 }
-                word |= code(value, scale, 0.0, format, false) << (8 * e);
+                word |= code_of_quotient(value * reciprocal, scale, 0.0, format, false) << (8 * e);
             }
             let to = (head * len as usize + row) * per_row as usize;
             words[to + (at % per_row) as usize] = word;

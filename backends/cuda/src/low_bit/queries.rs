@@ -1,0 +1,249 @@
+//! Queries to 8 bits, on their way to the consumers' registers: they are never written to memory.
+//!
+//! Idle warps of the producer's warpgroup load an item's queries while the item before it is computed, find
+//! their scale, and multiply them by the mean key; consumers convert what they take.
+
+use cubecl::prelude::*;
+use cubecl_cpp::cuda::ptx::tensor_map_address;
+use cubesla_kernels::block_list::BlockListView;
+use cubesla_kernels::quantize::{reciprocal_of_scale, scale_of};
+
+use super::config::LowBitConfig;
+use super::rows::{bound, codes_of_halves};
+use super::scratch::Scratch;
+use crate::forward::config::{Memory, next_note};
+use crate::forward::kernel::ForwardScalars;
+use crate::forward::producer::Source;
+use crate::ptx::low_bit::{clamp_magnitude, write_queries};
+use crate::ptx::{barrier, low_bit, math, wgmma};
+
+/// The loop over items of the warp that loads queries and finds their scales. It also brings the mean keys
+/// of their heads to shared memory.
+#[cube]
+pub(super) fn produce_queries<F: Float>(
+    q: &TensorMap<F, Tiled>,
+    list: &BlockListView,
+    mean: &[f32],
+    memory: Memory,
+    scratch: Scratch,
+    scalars: ForwardScalars,
+    #[comptime] config: LowBitConfig,
+) {
+    let q = tensor_map_address(q);
+    let mut parity = 0u32;
+    let mut index = CUBE_POS_X;
+    while index < scalars.items {
+        let rows = comptime!(config.forward.tile.rows());
+        let first_query = index % list.query_blocks * comptime!(rows as u32);
+        let head_index = index / list.query_blocks;
+        let full = memory.query_full(0u32);
+        // The phase before a barrier's first counts as complete, so the first wait passes.
+        barrier::wait(memory.query_empty(0u32), parity ^ 1);
+        // Query heads of all batches come in groups too.
+        copy_mean(mean, head_index / scalars.group, scratch, config);
+        sync_plane();
+        if UNIT_POS % 32 == 0 {
+            barrier::arrive_expect(full, comptime!(config.query_bytes() as u32));
+            let source = Source {
+                head: head_index % scalars.heads,
+                batch: head_index / scalars.heads,
+            };
+            source.load(
+                memory.queries,
+                q,
+                full,
+                first_query,
+                rows,
+                config.head_dim(),
+            );
+        }
+        barrier::wait(full, parity);
+        parity ^= 1;
+
+        let infinity = comptime!(config.infinity());
+        let mut largest = plane_max(largest_half(memory.queries, false, config));
+        let infinite = largest == infinity;
+        if infinite {
+            // Infinities saturate at the largest of the others.
+            largest = plane_max(largest_half(memory.queries, true, config));
+        }
+        let format = comptime!(config.products_format());
+        let largest = math::unpack(largest, format).extract(0usize);
+        let scale = scale_of(u32::reinterpret(largest), comptime!(config.scores()));
+        if UNIT_POS % 32 == 0 {
+            scratch.write_scale(scale, reciprocal_of_scale(scale), infinite);
+            barrier::arrive(memory.measured());
+        }
+        index += CUBE_COUNT_X;
+    }
+}
+
+/// Columns past the width are zeros, as those of queries are.
+#[cube]
+fn copy_mean(mean: &[f32], head: u32, scratch: Scratch, #[comptime] config: LowBitConfig) {
+    let width = comptime!(config.head_dim() as u32);
+    let mut column = UNIT_POS % 32;
+    while column < comptime!(config.boxed_dim() as u32) {
+        let mut value = f32::new(0.0);
+        if column < width {
+            value = mean[(head * width + column) as usize];
+        }
+        math::store_word(scratch.mean(column), u32::reinterpret(value));
+        column = wgmma::here(column + 32);
+    }
+}
+
+/// The largest magnitude of a unit's share of the queries, as the bits of a 16-bit number.
+#[cube]
+fn largest_half(queries: u32, #[comptime] finite: bool, #[comptime] config: LowBitConfig) -> u32 {
+    let infinity = comptime!(config.infinity());
+    let mut largest = 0u32;
+    let mut at = queries + UNIT_POS % 32 * 16;
+    let end = at + comptime!(config.query_bytes() as u32);
+    while at < end {
+        #[unroll]
+        for half in 0..2u32 {
+            let words = math::load_chunk(at + half * 512);
+            #[unroll]
+            for i in 0..4usize {
+                let mut word = words.extract(i);
+                if finite {
+                    word = low_bit::without_halves(word, infinity);
+                }
+                largest = low_bit::max_halves(largest, word);
+            }
+        }
+        // Not unrolled further: there are 24 registers.
+        at = wgmma::here(at + 1024);
+    }
+    max(largest & 0xFFFF, largest >> 16)
+}
+
+/// The loop over items of a warp that finds what smoothing takes from every score of 64 rows, not yet scaled.
+#[cube]
+pub(super) fn produce_shifts(
+    warpgroup: u32,
+    memory: Memory,
+    scratch: Scratch,
+    scalars: ForwardScalars,
+    #[comptime] config: LowBitConfig,
+) {
+    let row = warpgroup * 64 + UNIT_POS % 32;
+    let mut parity = 0u32;
+    let mut note = 0u32;
+    let mut index = CUBE_POS_X;
+    while index < scalars.items {
+        barrier::wait(memory.query_full(0u32), parity);
+        parity ^= 1;
+        let mut upper = f32::new(0.0);
+        let mut lower = f32::new(0.0);
+        let mut column = 0u32;
+        while column < comptime!(config.boxed_dim() as u32) {
+            // Four columns of two rows, 32 apart.
+            let box_rows = column / 64 * comptime!(config.forward.tile.rows() as u32) + row;
+            let chunk = (column / 8 % 8) ^ (row % 8);
+            let at = memory.queries + box_rows * 128 + chunk * 16 + column % 8 * 2;
+            let mean = math::load_chunk(scratch.mean(column));
+            upper = add_products(upper, math::load_pair(at), mean, config);
+            lower = add_products(
+                lower,
+                math::load_pair(at + comptime!(32 * 128u32)),
+                mean,
+                config,
+            );
+            column = wgmma::here(column + 4);
+        }
+        scratch.write_shift(note, row, upper);
+        scratch.write_shift(note, row + 32, lower);
+        note = next_note(note);
+        sync_plane();
+        if UNIT_POS % 32 == 0 {
+            barrier::arrive(memory.query_empty(0u32));
+        }
+        index += CUBE_COUNT_X;
+    }
+}
+
+/// `sum` and the products of four 16-bit numbers and four f32.
+#[cube]
+fn add_products(
+    sum: f32,
+    halves: Vector<u32, Const<2>>,
+    mean: Vector<u32, Const<4>>,
+    #[comptime] config: LowBitConfig,
+) -> f32 {
+    let mut sum = sum;
+    #[unroll]
+    for word in 0..2usize {
+        let pair = math::unpack(halves.extract(word), comptime!(config.products_format()));
+        #[unroll]
+        for e in 0..2usize {
+            let mean = f32::reinterpret(mean.extract(comptime!(2 * word + e)));
+            sum = fma(pair.extract(e), mean, sum);
+        }
+    }
+    sum
+}
+
+/// Brings the unit's queries in 8 bits to the registers `qry`, and returns their scale.
+#[cube]
+pub(super) fn take_queries(
+    memory: Memory,
+    scratch: Scratch,
+    #[comptime] config: LowBitConfig,
+) -> f32 {
+    let warp_rows = memory.queries + UNIT_POS / 32 * comptime!(16 * 128u32);
+    let words = scratch.read_scale();
+    let scale = f32::reinterpret(words.extract(0usize));
+    let reciprocal = f32::reinterpret(words.extract(1usize));
+    if words.extract(2usize) == 0 {
+        convert(warp_rows, scale, reciprocal, false, config);
+    } else {
+        convert(warp_rows, scale, reciprocal, true, config);
+    }
+    scale
+}
+
+#[cube]
+fn convert(
+    warp_rows: u32,
+    scale: f32,
+    reciprocal: f32,
+    #[comptime] infinite: bool,
+    #[comptime] config: LowBitConfig,
+) {
+    let lane = UNIT_POS % 32;
+    let (row, quarter) = (lane / 4, lane % 4);
+    let base = warp_rows + row * 128 + quarter % 2 * 8;
+    let first = wgmma::here((quarter / 2) ^ row);
+    let bound = bound(scale, config.scores());
+    #[unroll]
+    for group in 0..comptime!(config.products().head_dim / 32) {
+        let mut four = Vector::<u32, Const<4>>::empty();
+        #[unroll]
+        for i in 0..4usize {
+            // Of the upper and the lower row 16 columns, then of both the next 16: see `ptx::low_bit`.
+            let half = comptime!((group % 2 * 2 + i / 2) as u32);
+            let rows = comptime!((group / 2 * config.forward.tile.rows() + i % 2 * 8) as u32);
+            let at = base + comptime!(rows * 128) + (first ^ comptime!(half * 2)) * 16;
+            let words = math::load_pair(at);
+            let mut values = Array::<f32>::new(4usize);
+            #[unroll]
+            for word in 0..2usize {
+                let pair = math::unpack(words.extract(word), config.products_format());
+                #[unroll]
+                for e in 0..2usize {
+                    let value = pair.extract(e);
+                    values[comptime!(2 * word + e)] = if infinite {
+                        clamp_magnitude(value, bound)
+                    } else {
+                        value
+                    };
+                }
+            }
+            let (a, b, c, d) = (values[0], values[1], values[2], values[3]);
+            four.insert(i, codes_of_halves(a, b, c, d, reciprocal, config.scores()));
+        }
+        write_queries(four, group);
+    }
+}
