@@ -224,6 +224,30 @@ mod tests {
     }
 
     #[test]
+    fn reciprocals_have_exact_products_with_16_bit_numbers() {
+        for scale in [1.0f32 / 3.0, 0.017, 4.9e-7, 311.0] {
+            let reciprocal = reciprocal(scale);
+            assert!((f64::from(reciprocal) * f64::from(scale) - 1.0).abs() < 2.0f64.powi(-12));
+            // f16 has the longer mantissa of the two: 11 bits.
+            for x in (1024..2048).map(|x| x as f32) {
+                assert_eq!(
+                    f64::from(x * reciprocal),
+                    f64::from(x) * f64::from(reciprocal)
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_mean_of_many_keys_is_that_of_a_sample() {
+        let k = Tensor::from_fn([1, 1, 4100, 2], |[_, _, j, d]| (j % 3 * (d + 1)) as f64);
+        // Every third key is left, all of which are 0.
+        assert_eq!(mean_key(&k).data(), [0.0, 0.0]);
+        let few = Tensor::from_fn([1, 1, 300, 2], |[_, _, j, d]| (j % 3 * (d + 1)) as f64);
+        assert!(relative_error(mean_key(&few).data(), &[1.0, 2.0]) < 1e-12);
+    }
+
+    #[test]
     fn it_is_near_exact_attention_also_for_keys_far_from_zero() {
         let value = |[_, h, i, d]: [usize; 4]| ((h * 7 + i * 13 + d * 29) as f64 * 0.37).sin();
         let q = Tensor::from_fn([1, 2, 20, 16], value);
@@ -246,13 +270,18 @@ mod tests {
             let error = relative_error(low.out.data(), exact.out.data());
             assert!(error > 1e-6 && error < bound, "{error} in {formats:?}");
             assert!(relative_error(low.lse.data(), exact.lse.data()) < 1e-2);
-            // Far from zero, little of the keys' differences is left without smoothing.
-            let rough = Formats {
-                smooth: false,
-                ..formats
+            // Far from zero, little of the keys' differences is left without smoothing, which FP8 values would
+            // hide.
+            let of_scores = |smooth| {
+                let formats = Formats {
+                    scores,
+                    fp8_values: false,
+                    smooth,
+                };
+                let low = forward(&q, &k, &v, &dense, 0.25, Causal::TopLeft, formats);
+                relative_error(low.out.data(), exact.out.data())
             };
-            let rough = forward(&q, &k, &v, &dense, 0.25, Causal::TopLeft, rough);
-            assert!(relative_error(rough.out.data(), exact.out.data()) > error);
+            assert!(of_scores(false) > 2.0 * of_scores(true));
         }
     }
 }

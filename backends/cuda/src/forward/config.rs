@@ -316,12 +316,6 @@ impl Place {
         }
     }
 
-    /// Becomes the `other`.
-    pub fn set(&mut self, other: &Place) {
-        self.stage = other.stage;
-        self.parity = other.parity;
-    }
-
     pub fn advance(&mut self) {
         self.stage += 1;
         if self.stage == comptime!(self.stages as u32) {

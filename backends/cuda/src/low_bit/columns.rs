@@ -9,100 +9,154 @@ use super::LOAD;
 
 /// Units of a cube.
 const UNITS: usize = 256;
-/// Rows of a cube.
-const CHUNK: usize = 128;
+/// Rows of values of a cube.
+const CHUNK: usize = 256;
 
-/// By columns of a head, f32.
-pub(super) struct Columns {
-    /// Of keys, `[B, Hkv, D]`.
-    pub mean: DeviceTensor<3>,
-    /// FP8 scales of values and their reciprocals, `[B, Hkv, Dv]`; undefined unless they were asked
-    /// for.
+/// The mean key of each head of `k [B, H, L, D]`, of its [`smoothing_sample`]: f32, `[B, H, D]`.
+pub(super) fn mean_key(
+    client: &Client,
+    problem: &AttentionProblem,
+    k: &DeviceTensor<4>,
+) -> DeviceTensor<3> {
+    let (batch, heads, width) = (problem.batch(), problem.kv_heads(), problem.head_dim());
+    let sample = smoothing_sample(k);
+    let mean = DeviceTensor::empty(client, [batch, heads, width], DType::F32);
+    // SAFETY: a cube writes the means of its own columns; it reads rows of the sample only.
+    unsafe {
+        mean_columns::launch_unchecked(
+            client,
+            CubeCount::Static((width / LOAD) as u32, (batch * heads) as u32, 1),
+            CubeDim::new_1d(UNITS as u32),
+            AddressType::U32,
+            LOAD,
+            sample.tensor_arg(),
+            mean.buffer_arg(),
+            heads as u32,
+            width,
+            k.dtype().elem_type(),
+        );
+    }
+    mean
+}
+
+/// Each unit adds up every so many rows; their sums are put together in order.
+///
+/// Grid: x = eight columns, y = (batch, head).
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn mean_columns<F: Float, N: Size>(
+    x: &Tensor<Vector<F, N>>, // [B, H, L, D]
+    mean: &mut [f32],         // [B, H, D]
+    heads: u32,
+    #[comptime] width: usize,
+    #[define(F)] _dtype: ElemType,
+) {
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(UNITS * LOAD));
+    let unit = UNIT_POS as usize;
+    let (batch, head) = (CUBE_POS_Y / heads, CUBE_POS_Y % heads);
+    let column = CUBE_POS_X as usize * LOAD;
+    let base = batch as usize * x.stride(0) + head as usize * x.stride(1) + column;
+    let rows = x.shape(2);
+    let mut partial = Array::<f32>::new(LOAD);
+    #[unroll]
+    for e in 0..LOAD {
+        partial[e] = 0.0;
+    }
+    // Some rows at once, so that their loads are under way together; past the end the last is read again.
+    let mut first = 0usize;
+    while first < rows {
+        #[unroll]
+        for step in 0..4usize {
+            let row = first + comptime!(step * UNITS) + unit;
+            let at = base + min(row, rows - 1) * x.stride(2);
+            let values = Vector::<f32, N>::cast_from(x[at / LOAD]);
+            #[unroll]
+            for e in 0..LOAD {
+                partial[e] += select(row < rows, values.extract(e), 0.0);
+            }
+        }
+        first += comptime!(4 * UNITS);
+    }
+    #[unroll]
+    for e in 0..LOAD {
+        shared[comptime!(e * UNITS) + unit] = partial[e];
+    }
+    #[unroll]
+    for step in 0..comptime!(UNITS.ilog2() as usize) {
+        let half = comptime!(UNITS >> (step + 1));
+        sync_cube();
+        if unit < half {
+            #[unroll]
+            for e in 0..LOAD {
+                let at = comptime!(e * UNITS) + unit;
+                shared[at] += shared[at + half];
+            }
+        }
+    }
+    sync_cube();
+    if unit < LOAD {
+        mean[CUBE_POS_Y as usize * width + column + unit] =
+            shared[unit * UNITS] / f32::cast_from(rows as u32);
+    }
+}
+
+/// FP8 scales of the columns of values and their reciprocals, f32, `[B, H, Dv]`.
+pub(super) struct ValueScales {
     pub scales: DeviceTensor<3>,
     pub inverses: DeviceTensor<3>,
 }
 
-impl Columns {
-    /// Those of `k`, and of `v` if `fp8` says that it will be FP8.
-    pub fn new(
-        client: &Client,
-        problem: &AttentionProblem,
-        k: &DeviceTensor<4>,
-        v: &DeviceTensor<4>,
-        fp8: bool,
-    ) -> Self {
-        let (batch, heads) = (problem.batch(), problem.kv_heads());
-        let (d, dv) = (problem.head_dim(), problem.value_dim());
-        let sample = smoothing_sample(k);
-        let sums = scan(client, &sample, false);
-        let largest = fp8.then(|| scan(client, v, true));
-        let empty = |width| DeviceTensor::<3>::empty(client, [batch, heads, width], DType::F32);
-        let columns = Self {
-            mean: empty(d),
-            scales: empty(dv),
-            inverses: empty(dv),
+impl ValueScales {
+    /// Those of `v [B, H, L, Dv]`.
+    pub fn new(client: &Client, v: &DeviceTensor<4>) -> Self {
+        let [batch, heads, len, width] = v.shape();
+        let chunks = len.div_ceil(CHUNK);
+        let largest = DeviceTensor::<3>::empty(client, [batch * heads, chunks, width], DType::F32);
+        let empty = || DeviceTensor::empty(client, [batch, heads, width], DType::F32);
+        let found = Self {
+            scales: empty(),
+            inverses: empty(),
         };
-        let tensors = if fp8 { 2 } else { 1 };
-        let widest = d.max(dv).div_ceil(COLUMNS) as u32;
-        // Not read unless there are two tensors.
-        let largest = largest.as_ref().unwrap_or(&sums);
-        // SAFETY: a cube writes what is of its own columns.
+        // SAFETY: a cube writes what it found of its own chunk or columns; rows past the end are counted
+        // as zeros.
         unsafe {
+            scan_columns::launch_unchecked(
+                client,
+                CubeCount::Static(chunks as u32, (batch * heads) as u32, 1),
+                CubeDim::new_1d(UNITS as u32),
+                AddressType::U32,
+                LOAD,
+                v.tensor_arg(),
+                largest.buffer_arg(),
+                heads as u32,
+                width,
+                v.dtype().elem_type(),
+            );
             finish_columns::launch_unchecked(
                 client,
-                CubeCount::Static(widest, (batch * heads) as u32, tensors),
+                CubeCount::Static(width.div_ceil(COLUMNS) as u32, (batch * heads) as u32, 1),
                 CubeDim::new_1d(UNITS as u32),
-                sums.buffer_arg(),
                 largest.buffer_arg(),
-                columns.mean.buffer_arg(),
-                columns.scales.buffer_arg(),
-                columns.inverses.buffer_arg(),
-                sums.shape()[1] as u32,
-                largest.shape()[1] as u32,
-                sample.shape()[2] as u32,
-                [d, dv],
+                found.scales.buffer_arg(),
+                found.inverses.buffer_arg(),
+                chunks as u32,
+                width,
             );
         }
-        columns
+        found
     }
 }
 
-/// Sums of the columns of each chunk of the rows of `x [B, H, L, D]`, or the largest finite `magnitudes`:
-/// `[B H, chunks, D]`.
-fn scan(client: &Client, x: &DeviceTensor<4>, magnitudes: bool) -> DeviceTensor<3> {
-    let [batch, heads, len, width] = x.shape();
-    let chunks = len.div_ceil(CHUNK);
-    let found = DeviceTensor::empty(client, [batch * heads, chunks, width], DType::F32);
-    // SAFETY: a cube writes what it found of its own chunk; rows past the end are counted as zeros.
-    unsafe {
-        scan_columns::launch_unchecked(
-            client,
-            CubeCount::Static(chunks as u32, (batch * heads) as u32, 1),
-            CubeDim::new_1d(UNITS as u32),
-            AddressType::U32,
-            LOAD,
-            x.tensor_arg(),
-            found.buffer_arg(),
-            heads as u32,
-            width,
-            magnitudes,
-            x.dtype().elem_type(),
-        );
-    }
-    found
-}
-
-/// Each unit goes over every so many rows of a vector of columns; what they found is put together in
-/// order.
+/// The largest finite magnitudes of the columns of `x` in a chunk of rows.
+///
+/// Each unit goes over every so many rows of a vector of columns.
 ///
 /// Grid: x = chunk, y = (batch, head).
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn scan_columns<F: Float, N: Size>(
     x: &Tensor<Vector<F, N>>, // [B, H, L, D]
-    found: &mut [f32],        // [B H, chunks, D]
+    largest: &mut [f32],      // [B H, chunks, D]
     heads: u32,
     #[comptime] width: usize,
-    #[comptime] magnitudes: bool,
     #[define(F)] _dtype: ElemType,
 ) {
     let mut shared = Shared::<[f32]>::new_slice(comptime!(UNITS * LOAD));
@@ -124,17 +178,11 @@ fn scan_columns<F: Float, N: Size>(
         let row = comptime!(step * lanes) + lane;
         let at = base + (first + min(row, rows - 1)) * x.stride(2);
         let values = Vector::<f32, N>::cast_from(x[at / LOAD]);
-        let inside = row < rows;
         #[unroll]
         for e in 0..LOAD {
-            let value = values.extract(e);
-            if magnitudes {
-                let size = u32::reinterpret(value) & 0x7FFF_FFFF;
-                let counts = inside && size < 0x7F80_0000;
-                partial[e] = max(partial[e], select(counts, f32::reinterpret(size), 0.0));
-            } else {
-                partial[e] += select(inside, value, 0.0);
-            }
+            let size = u32::reinterpret(values.extract(e)) & 0x7FFF_FFFF;
+            let counts = row < rows && size < 0x7F80_0000;
+            partial[e] = max(partial[e], select(counts, f32::reinterpret(size), 0.0));
         }
     }
     if lane < lanes {
@@ -145,21 +193,12 @@ fn scan_columns<F: Float, N: Size>(
     }
     sync_cube();
     if unit < width {
-        let mut total = 0.0f32;
+        let mut of_chunk = 0.0f32;
         for lane in 0..lanes {
-            total = combined(total, shared[lane * width + unit], magnitudes);
+            of_chunk = max(of_chunk, shared[lane * width + unit]);
         }
         let chunk = (CUBE_POS_Y * CUBE_COUNT_X + CUBE_POS_X) as usize;
-        found[chunk * width + unit] = total;
-    }
-}
-
-#[cube]
-fn combined(a: f32, b: f32, #[comptime] magnitudes: bool) -> f32 {
-    if comptime!(magnitudes) {
-        max(a, b)
-    } else {
-        a + b
+        largest[chunk * width + unit] = of_chunk;
     }
 }
 
@@ -170,64 +209,38 @@ const LANES: usize = UNITS / COLUMNS;
 
 /// Puts the chunks of a head together.
 ///
-/// Grid: x = columns, y = (batch, head), z = 0 for keys, 1 for values.
+/// Grid: x = columns, y = (batch, head).
 #[cube(launch_unchecked)]
 fn finish_columns(
-    sums: &[f32],
-    largest: &[f32],
-    mean: &mut [f32],
+    found: &[f32], // [B H, chunks, D]
     scales: &mut [f32],
     inverses: &mut [f32],
-    sum_chunks: u32,
-    largest_chunks: u32,
-    len: u32,
-    #[comptime] widths: [usize; 2],
-) {
-    let mut shared = Shared::<[f32]>::new_slice(UNITS);
-    if CUBE_POS_Z == 0 {
-        let width = comptime!(widths[0]);
-        let (total, at, writes) = finish_column(sums, &mut shared, sum_chunks, width, false);
-        if writes {
-            mean[at] = total / f32::cast_from(len);
-        }
-    } else {
-        let width = comptime!(widths[1]);
-        let (total, at, writes) = finish_column(largest, &mut shared, largest_chunks, width, true);
-        if writes {
-            let scale = scale_of(u32::reinterpret(total), Format::Fp8);
-            scales[at] = scale;
-            inverses[at] = 1.0 / scale;
-        }
-    }
-}
-
-/// What was found of the unit's column, where it goes, and whether this unit writes it.
-#[cube]
-fn finish_column(
-    found: &[f32],
-    shared: &mut Shared<[f32]>,
     chunks: u32,
     #[comptime] width: usize,
-    #[comptime] magnitudes: bool,
-) -> (f32, usize, bool) {
+) {
+    let mut shared = Shared::<[f32]>::new_slice(UNITS);
     let own = UNIT_POS as usize % COLUMNS;
     let lane = UNIT_POS as usize / COLUMNS;
     let column = CUBE_POS_X as usize * COLUMNS + own;
     let start = CUBE_POS_Y as usize * chunks as usize * width;
-    let mut total = 0.0f32;
+    let mut largest = 0.0f32;
     if column < width {
         let mut chunk = lane;
         while chunk < chunks as usize {
-            total = combined(total, found[start + chunk * width + column], magnitudes);
+            largest = max(largest, found[start + chunk * width + column]);
             chunk += LANES;
         }
     }
-    shared[UNIT_POS as usize] = total;
+    shared[UNIT_POS as usize] = largest;
     sync_cube();
-    let mut total = 0.0f32;
-    for other in 0..LANES {
-        total = combined(total, shared[other * COLUMNS + own], magnitudes);
+    if lane == 0 && column < width {
+        let mut largest = 0.0f32;
+        for other in 0..LANES {
+            largest = max(largest, shared[other * COLUMNS + own]);
+        }
+        let scale = scale_of(u32::reinterpret(largest), Format::Fp8);
+        let at = CUBE_POS_Y as usize * width + column;
+        scales[at] = scale;
+        inverses[at] = 1.0 / scale;
     }
-    let writes = lane == 0 && column < width;
-    (total, CUBE_POS_Y as usize * width + column, writes)
 }

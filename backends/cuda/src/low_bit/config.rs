@@ -92,7 +92,7 @@ impl LowBitConfig {
         let accumulators = p.value_dim / 2 * if self.fp8 { 2 } else { 1 };
         let scores = p.keys / 2 * if self.ahead() { 2 } else { 1 };
         let named = accumulators + scores + p.head_dim / 8 + 2 * self.weight_words();
-        let numbers = if self.ahead() { (24, 240) } else { (40, 232) };
+        let numbers = (40, 232);
         (self.forward.tile.consumers == 2 && (self.ahead() || named > 130)).then_some(numbers)
     }
 }

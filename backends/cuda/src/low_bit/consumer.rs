@@ -65,10 +65,10 @@ pub(super) fn consume<F: Float>(
 struct Consumer {
     /// Of the tile whose scores were begun last.
     begun: Place,
-    /// Of the tile before it.
-    before: Place,
-    /// Of the tile whose values are multiplied, or will be next.
-    values: Place,
+    /// The stage of the tile before it.
+    before: u32,
+    /// The stage of the tile whose values are multiplied, or will be next.
+    values: u32,
     query_parity: u32,
     /// On the item being computed.
     note: u32,
@@ -77,6 +77,8 @@ struct Consumer {
     /// The maxima in use at the end of the item before.
     upper_max: f32,
     lower_max: f32,
+    /// Of the warpgroup's queries in 8 bits.
+    query_tile: u64,
     key_tiles: Descriptors,
     value_tiles: Descriptors,
     /// Of the queries whose scores were begun last, for base-2 scores.
@@ -96,15 +98,20 @@ impl Consumer {
         } else {
             wgmma::description_transposed(keys)
         });
+        let queries = memory.queries
+            + comptime!(config.query_bytes() as u32)
+            + UNIT_POS / 128 * comptime!(64 * 128u32);
+        let queries = plane_broadcast(queries, 0u32);
         Consumer {
             begun: Place::before_first(tile.stages),
-            before: Place::before_first(tile.stages),
-            values: Place::first(tile.stages),
+            before: 0,
+            values: 0,
             query_parity: 0,
             note: 0,
             tile: ScaledKeys::none(),
             upper_max: FLOOR,
             lower_max: FLOOR,
+            query_tile: wgmma::descriptor(queries),
             key_tiles: Descriptors::new(memory.keys, wgmma::DESCRIPTION, tile.key_bytes()),
             value_tiles: Descriptors::new(memory.values, values, config.value_bytes()),
             query_scale: 0.0,
@@ -178,7 +185,7 @@ impl Consumer {
                 upper = value::<f32>(rows.upper.correction);
                 lower = value::<f32>(rows.lower.correction);
             }
-            self.begin_values(t == 1, memory, 0usize);
+            self.begin_values(t == 1, 0usize);
             wgmma::wait(1u32);
             self.release_keys(memory);
             self.make_weights(&mut weights, rows, scalars);
@@ -193,7 +200,7 @@ impl Consumer {
         if config.fp8 {
             low_bit::promote(upper, lower, products);
         }
-        self.begin_values(tiles == 1, memory, 0usize);
+        self.begin_values(tiles == 1, 0usize);
     }
 
     /// Makes the weights of the scores begun last.
@@ -216,7 +223,7 @@ impl Consumer {
     fn begin_scores(&mut self, more: bool, memory: Memory, #[comptime] buffer: usize) {
         let config = comptime!(self.config);
         low_bit::bias_scores(self.scratch.bias(), buffer, config.products());
-        self.before.set(&self.begun);
+        self.before = self.begun.stage;
         self.begun.advance();
         let stage = self.begun.stage;
         if more {
@@ -224,17 +231,16 @@ impl Consumer {
         }
         self.tile.read(memory, stage, self.query_scale);
         wgmma::fence();
-        low_bit::scores(self.key_tiles.at(stage), buffer, config.products());
+        let (queries, keys) = (self.query_tile, self.key_tiles.at(stage));
+        low_bit::scores(queries, keys, buffer, config.products());
         wgmma::commit();
     }
 
     /// Begins `P V`, or `O += P V` in 16 bits, with the weights in `buffer` and the next values; `O = P V`
     /// with `anew`. FP8 weights have one buffer.
-    fn begin_values(&self, anew: bool, memory: Memory, #[comptime] buffer: usize) {
+    fn begin_values(&self, anew: bool, #[comptime] buffer: usize) {
         let config = comptime!(self.config);
-        let stage = self.values.stage;
-        barrier::wait(memory.value_full(stage), self.values.parity);
-        let values = self.value_tiles.at(stage);
+        let values = self.value_tiles.at(self.values);
         wgmma::fence();
         if comptime!(config.fp8) {
             low_bit::multiply_values(values, config.products());
@@ -252,12 +258,12 @@ impl Consumer {
     /// Hands the values' stage back to the producer. Next come the values of the tile whose scores were
     /// begun last, or `before` it.
     fn release_values(&mut self, memory: Memory, #[comptime] before: bool) {
-        release(memory.value_empty(self.values.stage));
-        if comptime!(before) {
-            self.values.set(&self.before);
+        release(memory.value_empty(self.values));
+        self.values = if comptime!(before) {
+            self.before
         } else {
-            self.values.set(&self.begun);
-        }
+            self.begun.stage
+        };
     }
 }
 
@@ -285,7 +291,7 @@ impl LookAhead for Consumer {
             self.release_values(memory, next);
             rescale(&*rows, config);
         }
-        self.begin_values(t == 0, memory, buffer);
+        self.begin_values(t == 0, buffer);
         if next {
             wgmma::wait(1u32);
             self.release_keys(memory);

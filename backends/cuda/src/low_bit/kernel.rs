@@ -28,7 +28,9 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
     #[define(V)] _value_type: ElemType,
 ) {
     let tile = comptime!(config.forward.tile);
-    let (query_bytes, value_bytes) = comptime!((config.query_bytes(), config.value_bytes()));
+    // Queries in 16 bits, and behind them in 8.
+    let query_bytes = comptime!(config.query_bytes() + tile.query_bytes());
+    let value_bytes = comptime!(config.value_bytes());
     let memory = Memory::with_tiles(tile, query_bytes, value_bytes);
     let scratch = Scratch::new(config);
     low_bit::declare_registers(config.products());
@@ -39,7 +41,6 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
         // Beside the consumers' warps one for each of them that multiplies by the mean key.
         init_barriers_for(memory, consumers * 5, tile);
         barrier::init(memory.measured(), 1);
-
         barrier::fence_init();
     }
     sync_cube();

@@ -27,7 +27,7 @@ mod values;
 
 use std::fmt;
 
-use columns::Columns;
+use columns::{ValueScales, mean_key};
 use config::LowBitConfig;
 use cubecl::ir::{DeviceProperties, ElemType, UIntKind};
 use cubecl::prelude::*;
@@ -106,12 +106,15 @@ pub fn launch_low_bit_wgmma(
     let config = plan.config(problem);
     let tile = config.forward.tile;
     let format = plan.formats.scores.format();
-    let columns = Columns::new(client, problem, k, v, config.fp8);
-    let keys = quantize_keys(client, k, &columns.mean, problem.block_k(), format);
-    let transposed = config.fp8.then(|| transpose_values(client, v, &columns));
+    let mean = mean_key(client, problem, k);
+    let keys = quantize_keys(client, k, &mean, problem.block_k(), format);
+    let fp8_values = config.fp8.then(|| {
+        let scales = ValueScales::new(client, v);
+        (transpose_values(client, v, &scales), scales)
+    });
     let word = ElemType::UInt(UIntKind::U32);
-    let (values, value_type) = match &transposed {
-        Some(words) => {
+    let (values, value_type) = match &fp8_values {
+        Some((words, _)) => {
             let rows = config.products().value_dim;
             let swizzle = if tile.keys == 64 {
                 TensorMapSwizzle::B64
@@ -137,8 +140,12 @@ pub fn launch_low_bit_wgmma(
             list.launch_arg(),
             ScalesLaunch::new(
                 keys.scales.buffer_arg(),
-                columns.scales.buffer_arg(),
-                columns.mean.buffer_arg(),
+                // Not read unless values are FP8.
+                fp8_values
+                    .as_ref()
+                    .map_or(&mean, |(_, of_values)| &of_values.scales)
+                    .buffer_arg(),
+                mean.buffer_arg(),
             ),
             outputs.lse.buffer_arg(),
             scalars(problem, plan.forward.cubes),

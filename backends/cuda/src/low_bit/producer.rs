@@ -64,7 +64,8 @@ pub(super) fn produce<V: Numeric>(
             if leads {
                 found.write(memory, stage, t == 0);
                 let full = memory.key_full(stage);
-                barrier::arrive_expect(full, comptime!(tile.key_bytes() as u32));
+                let bytes = comptime!((tile.key_bytes() + config.value_bytes()) as u32);
+                barrier::arrive_expect(full, bytes);
                 let to = memory.keys + stage * comptime!(tile.key_bytes() as u32);
                 tma::load(
                     to,
@@ -79,8 +80,8 @@ pub(super) fn produce<V: Numeric>(
             }
             barrier::wait(memory.value_empty(stage), parity ^ 1);
             if leads {
-                let full = memory.value_full(stage);
-                barrier::arrive_expect(full, comptime!(config.value_bytes() as u32));
+                // The keys' barrier: consumers wait once for both, when loads are far ahead of them.
+                let full = memory.key_full(stage);
                 let to = memory.values + stage * comptime!(config.value_bytes() as u32);
                 if comptime!(config.fp8) {
                     let column = found.first / 4;

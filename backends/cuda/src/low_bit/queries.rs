@@ -1,4 +1,4 @@
-//! Queries to 8 bits, on their way to the consumers' registers: they are never written to memory.
+//! Queries to 8 bits, in shared memory: they are never written to the device's.
 //!
 //! Idle warps of the producer's warpgroup load an item's queries while the item before it is computed, find
 //! their scale, and multiply them by the mean key; consumers convert what they take.
@@ -14,8 +14,8 @@ use super::scratch::Scratch;
 use crate::forward::config::{Memory, next_note};
 use crate::forward::kernel::ForwardScalars;
 use crate::forward::producer::Source;
-use crate::ptx::low_bit::{clamp_magnitude, write_queries};
-use crate::ptx::{barrier, low_bit, math, wgmma};
+use crate::ptx::low_bit::clamp_magnitude;
+use crate::ptx::{barrier, low_bit, math, tma, wgmma};
 
 /// The loop over items of the warp that loads queries and finds their scales. It also brings the mean keys
 /// of their heads to shared memory.
@@ -38,26 +38,23 @@ pub(super) fn produce_queries<F: Float>(
         let head_index = index / list.query_blocks;
         let full = memory.query_full(0u32);
         // The phase before a barrier's first counts as complete, so the first wait passes.
-        barrier::wait(memory.query_empty(0u32), parity ^ 1);
-        // Query heads of all batches come in groups too.
-        copy_mean(mean, head_index / scalars.group, scratch, config);
-        sync_plane();
+        barrier::wait_long(memory.query_empty(0u32), parity ^ 1);
         if UNIT_POS % 32 == 0 {
-            barrier::arrive_expect(full, comptime!(config.query_bytes() as u32));
             let source = Source {
                 head: head_index % scalars.heads,
                 batch: head_index / scalars.heads,
             };
-            source.load(
-                memory.queries,
-                q,
-                full,
-                first_query,
-                rows,
-                config.head_dim(),
-            );
+            let (to, width) = (memory.queries, comptime!(config.head_dim()));
+            source.load(to, q, full, first_query, rows, width);
         }
-        barrier::wait(full, parity);
+        // Query heads of all batches come in groups too.
+        copy_mean(mean, head_index / scalars.group, scratch, config);
+        sync_plane();
+        if UNIT_POS % 32 == 0 {
+            // Last, so that who waits for queries finds the mean key too.
+            barrier::arrive_expect(full, comptime!(config.query_bytes() as u32));
+        }
+        barrier::wait_long(full, parity);
         parity ^= 1;
 
         let infinity = comptime!(config.infinity());
@@ -98,24 +95,26 @@ fn copy_mean(mean: &[f32], head: u32, scratch: Scratch, #[comptime] config: LowB
 fn largest_half(queries: u32, #[comptime] finite: bool, #[comptime] config: LowBitConfig) -> u32 {
     let infinity = comptime!(config.infinity());
     let mut largest = 0u32;
+    let mut other = 0u32;
     let mut at = queries + UNIT_POS % 32 * 16;
     let end = at + comptime!(config.query_bytes() as u32);
     while at < end {
+        let words = math::load_chunk(at);
+        let more = math::load_chunk(at + 512);
         #[unroll]
-        for half in 0..2u32 {
-            let words = math::load_chunk(at + half * 512);
-            #[unroll]
-            for i in 0..4usize {
-                let mut word = words.extract(i);
-                if finite {
-                    word = low_bit::without_halves(word, infinity);
-                }
-                largest = low_bit::max_halves(largest, word);
+        for i in 0..4usize {
+            let (mut word, mut another) = (words.extract(i), more.extract(i));
+            if finite {
+                word = low_bit::without_halves(word, infinity);
+                another = low_bit::without_halves(another, infinity);
             }
+            largest = low_bit::max_halves(largest, word);
+            other = low_bit::max_halves(other, another);
         }
         // Not unrolled further: there are 24 registers.
         at = wgmma::here(at + 1024);
     }
+    let largest = low_bit::max_halves(largest, other);
     max(largest & 0xFFFF, largest >> 16)
 }
 
@@ -133,7 +132,7 @@ pub(super) fn produce_shifts(
     let mut note = 0u32;
     let mut index = CUBE_POS_X;
     while index < scalars.items {
-        barrier::wait(memory.query_full(0u32), parity);
+        barrier::wait_long(memory.query_full(0u32), parity);
         parity ^= 1;
         let mut upper = f32::new(0.0);
         let mut lower = f32::new(0.0);
@@ -185,7 +184,8 @@ fn add_products(
     sum
 }
 
-/// Brings the unit's queries in 8 bits to the registers `qry`, and returns their scale.
+/// Brings the unit's share of its warpgroup's queries in 8 bits to their tile, where products read them, and
+/// returns their scale.
 #[cube]
 pub(super) fn take_queries(
     memory: Memory,
@@ -193,20 +193,27 @@ pub(super) fn take_queries(
     #[comptime] config: LowBitConfig,
 ) -> f32 {
     let warp_rows = memory.queries + UNIT_POS / 32 * comptime!(16 * 128u32);
+    let codes = memory.queries
+        + comptime!(config.query_bytes() as u32)
+        + UNIT_POS / 32 * comptime!(16 * 128u32);
     let words = scratch.read_scale();
     let scale = f32::reinterpret(words.extract(0usize));
     let reciprocal = f32::reinterpret(words.extract(1usize));
     if words.extract(2usize) == 0 {
-        convert(warp_rows, scale, reciprocal, false, config);
+        convert(warp_rows, codes, scale, reciprocal, false, config);
     } else {
-        convert(warp_rows, scale, reciprocal, true, config);
+        convert(warp_rows, codes, scale, reciprocal, true, config);
     }
+    tma::fence_writes();
+    // Numbered as the warpgroup's staging tile is.
+    barrier::sync_named(UNIT_POS / 128 + 1, 128u32);
     scale
 }
 
 #[cube]
 fn convert(
     warp_rows: u32,
+    codes: u32,
     scale: f32,
     reciprocal: f32,
     #[comptime] infinite: bool,
@@ -216,13 +223,14 @@ fn convert(
     let (row, quarter) = (lane / 4, lane % 4);
     let base = warp_rows + row * 128 + quarter % 2 * 8;
     let first = wgmma::here((quarter / 2) ^ row);
+    let codes = codes + row * 128 + quarter * 4;
+    let own = wgmma::here(row);
     let bound = bound(scale, config.scores());
     #[unroll]
     for group in 0..comptime!(config.products().head_dim / 32) {
-        let mut four = Vector::<u32, Const<4>>::empty();
         #[unroll]
         for i in 0..4usize {
-            // Of the upper and the lower row 16 columns, then of both the next 16: see `ptx::low_bit`.
+            // Four columns, of the upper and of the lower row, then 16 columns further.
             let half = comptime!((group % 2 * 2 + i / 2) as u32);
             let rows = comptime!((group / 2 * config.forward.tile.rows() + i % 2 * 8) as u32);
             let at = base + comptime!(rows * 128) + (first ^ comptime!(half * 2)) * 16;
@@ -242,8 +250,10 @@ fn convert(
                 }
             }
             let (a, b, c, d) = (values[0], values[1], values[2], values[3]);
-            four.insert(i, codes_of_halves(a, b, c, d, reciprocal, config.scores()));
+            let word = codes_of_halves(a, b, c, d, reciprocal, config.scores());
+            let chunk = comptime!((2 * group + i / 2) as u32);
+            let to = codes + comptime!((i % 2 * 8 * 128) as u32) + (own ^ chunk) * 16;
+            math::store_word(to, word);
         }
-        write_queries(four, group);
     }
 }

@@ -5,7 +5,7 @@ use cubesla_kernels::quantize::Format;
 use cubesla_kernels::{DType, DeviceTensor};
 
 use super::LOAD;
-use super::columns::Columns;
+use super::columns::ValueScales;
 use super::rows::bound;
 use crate::ptx::low_bit::{clamp_magnitude, pack_e4m3};
 
@@ -14,13 +14,13 @@ const UNITS: usize = 256;
 /// Keys of a cube.
 const KEYS: usize = 128;
 
-/// Words of `v [B, H, L, Dv]` in FP8 with the scales of its `columns`: `[B, H, Dv, L' / 4]`, where `L'`
+/// Words of `v [B, H, L, Dv]` in FP8 with scales `of_columns`: `[B, H, Dv, L' / 4]`, where `L'`
 /// is L up to the next multiple of 32, with zeros past the end. Four keys to a word, in the order that
 /// [`crate::ptx::low_bit`] wants.
 pub(super) fn transpose_values(
     client: &Client,
     v: &DeviceTensor<4>,
-    columns: &Columns,
+    of_columns: &ValueScales,
 ) -> DeviceTensor<4> {
     let [batch, heads, len, dim] = v.shape();
     let words = len.div_ceil(32) * 8;
@@ -34,8 +34,8 @@ pub(super) fn transpose_values(
             AddressType::U32,
             LOAD,
             v.tensor_arg(),
-            columns.scales.buffer_arg(),
-            columns.inverses.buffer_arg(),
+            of_columns.scales.buffer_arg(),
+            of_columns.inverses.buffer_arg(),
             transposed.buffer_arg(),
             words as u32,
             dim,

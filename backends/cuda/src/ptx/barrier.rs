@@ -45,6 +45,19 @@ pub(crate) fn wait(at: u32, parity: u32) {
     );
 }
 
+/// The same for who waits long and may find out late: asks seldom.
+#[cube]
+pub(crate) fn wait_long(at: u32, parity: u32) {
+    let (at, parity) = (value::<u32>(at), value::<u32>(parity));
+    // Nanoseconds after which it asks again.
+    gpu_asm!(
+        "{{ .reg .pred done; \
+         AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [{at}], {parity}, 10000; \
+         @done bra END; bra AGAIN; END: }}",
+        at = in(_) at, parity = in(_) parity
+    );
+}
+
 /// Waits for all `units` units that use named barrier `id`.
 #[cube]
 pub(crate) fn sync_named(id: u32, #[comptime] units: u32) {

@@ -7,8 +7,7 @@
 //! | `sco<K/2>` | s32 or f32 scores `[64, K]` | as `acc` |
 //! | `nxt<K/2>` | scores of the tile after it | the same |
 //! | `par<N/2>` | f32 product of one tile `[64, N]` | as `acc` |
-//! | `qry<D/8>` | queries `[64, D]`, 8 bits, A operand | register `i`: row `16w + l/4 + 8(i%2)`, columns `32(i/4) + 16(i/2%2) + 4(l%4)` and three more |
-//! | `prb<K/8>` | weights `[64, K]`, FP8, A operand | the same, or as in [`super::wgmma`] for 16-bit weights |
+//! | `prb<K/8>` | weights `[64, K]`, FP8, A operand | register `i`: row `16w + l/4 + 8(i%2)`, columns `32(i/4) + 16(i/2%2) + 4(l%4)` and three more; as in [`super::wgmma`] for 16-bit weights |
 //! | `prn<K/8>` | those of the tile after it | the same |
 //!
 //! Both operands of an 8-bit product are K-major: values come transposed, `[N, K]`. Within 32 keys
@@ -60,11 +59,10 @@ fn declare_text(p: LowBitProducts) -> String {
     };
     format!(
         ".reg .f32 acc<{}>; .reg .f32 par<{parts}>; .reg .{scores} sco<{}>; .reg .{scores} nxt<{}>; \
-         .reg .b32 prb<{weights}>; .reg .b32 prn<{weights}>; .reg .b32 qry<{}>;",
+         .reg .b32 prb<{weights}>; .reg .b32 prn<{weights}>;",
         p.value_dim / 2,
         p.keys / 2,
         p.keys / 2,
-        p.head_dim / 8,
     )
 }
 
@@ -74,12 +72,6 @@ pub(crate) fn description_of_values(keys: usize) -> u64 {
     // Eight rows lie next to eight rows; offsets count 16 bytes.
     let swizzle: u64 = if keys == 64 { 2 } else { 3 };
     (swizzle << 62) | ((keys as u64 / 2) << 32) | (1 << 16)
-}
-
-/// Replaces registers `4 group..4 group + 4` of `qry`; no product may be reading them.
-#[cube]
-pub(crate) fn write_queries(words: Vector<u32, Const<4>>, #[comptime] group: usize) {
-    write_four("qry", words, group);
 }
 
 /// The larger magnitudes of 16-bit numbers, by halves, of `largest`, which are magnitudes, and of `word`: as
@@ -104,13 +96,17 @@ pub(crate) fn without_halves(word: u32, infinity: u32) -> u32 {
     select(low == infinity, 0, low) | select(high == infinity, 0, high) << 16
 }
 
-/// Begins `S = Q K^T` with `Q` the registers `qry` and `K` the tile that `keys` describes, into buffer 0
-/// or 1: `sco` or `nxt`.
+/// Begins `S = Q K^T` with the tiles that `queries` and `keys` describe, into buffer 0 or 1: `sco` or `nxt`.
 #[cube]
-pub(crate) fn scores(keys: u64, #[comptime] buffer: usize, #[comptime] p: LowBitProducts) {
-    let keys = value::<u64>(keys);
+pub(crate) fn scores(
+    queries: u64,
+    keys: u64,
+    #[comptime] buffer: usize,
+    #[comptime] p: LowBitProducts,
+) {
+    let (queries, keys) = (value::<u64>(queries), value::<u64>(keys));
     let text = comptime!(scores_text(p, score_buffer(buffer)));
-    gpu_asm!("/* {keys} */ {text}", keys = in(_) keys);
+    gpu_asm!("/* {queries} {keys} */ {text}", queries = in(_) queries, keys = in(_) keys);
 }
 
 fn scores_text(p: LowBitProducts, to: &str) -> String {
@@ -119,7 +115,26 @@ fn scores_text(p: LowBitProducts, to: &str) -> String {
     } else {
         ("f32.e4m3.e4m3", ", 1, 1")
     };
-    product_text(types, flags, p.keys, p.head_dim, to, "qry", p.int8)
+    let mut text = String::from(
+        "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 a, b; ",
+    );
+    for step in 0..p.head_dim / 32 {
+        // 32 bytes, counted in 16. Integers are added to their bias.
+        text += &format!(
+            "add.u64 a, %0, {}; add.u64 b, %1, {}; \
+             wgmma.mma_async.sync.aligned.m64n{}k32.{types} {}, a, b, {}{flags}; ",
+            step * 2,
+            step * 2,
+            p.keys,
+            list(to, 0..p.keys / 2),
+            if step == 0 && !p.int8 {
+                "first"
+            } else {
+                "more"
+            },
+        );
+    }
+    text + "}"
 }
 
 /// Integer scores are added to the bits of this f32. As sums of up to 256 products of codes are below
@@ -168,13 +183,12 @@ pub(crate) fn multiply_values(values: u64, #[comptime] p: LowBitProducts) {
         p.value_dim,
         p.keys,
         "par",
-        "prb",
-        false
+        "prb"
     ));
     gpu_asm!("/* {values} */ {text}", values = in(_) values);
 }
 
-/// `to = left B`, `columns` wide, contracted over `depth` bytes of both; `to += left B` with `add`.
+/// `to = left B`, `columns` wide, contracted over `depth` bytes of both.
 fn product_text(
     types: &str,
     flags: &str,
@@ -182,7 +196,6 @@ fn product_text(
     depth: usize,
     to: &str,
     left: &str,
-    add: bool,
 ) -> String {
     let mut text = String::from(
         "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
@@ -194,7 +207,7 @@ fn product_text(
             step * 2,
             list(to, 0..columns / 2),
             list(left, 4 * step..4 * step + 4),
-            if step == 0 && !add { "first" } else { "more" },
+            if step == 0 { "first" } else { "more" },
         );
     }
     text + "}"
