@@ -1,4 +1,7 @@
 //! The kernel: the producer and consumers of [`crate::forward`], with 8-bit products.
+//!
+//! Behind the consumers' warpgroups comes one of four warps: the first loads keys and values, the second loads
+//! queries and finds their scales, and one for each warpgroup of consumers multiplies them by the mean key.
 
 use cubecl::prelude::*;
 use cubesla_kernels::block_list::BlockListView;

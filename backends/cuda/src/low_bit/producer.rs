@@ -7,11 +7,11 @@ use cubesla_kernels::block_list::{BlockListView, Span};
 use super::config::LowBitConfig;
 use super::kernel::Scales;
 use super::softmax::short_factor;
-use crate::forward::config::Memory;
+use crate::forward::config::{ITEM_NOTES, Memory, Place, next_note};
 use crate::forward::kernel::{ForwardScalars, Work};
 use crate::forward::producer::{Keys, Source};
 use crate::ptx::tma::L2;
-use crate::ptx::{barrier, math, tma, value, wgmma};
+use crate::ptx::{barrier, math, tma, value};
 
 /// Loads the keys and values of each tile as soon as there is room. Another warp loads queries.
 #[cube]
@@ -27,20 +27,20 @@ pub(super) fn produce<V: Numeric>(
     let k = tensor_map_address(k);
     let v = tensor_map_address(v);
     let tile = comptime!(config.forward.tile);
+    comptime!(assert!(tile.stages + 2 <= ITEM_NOTES));
     let leads = UNIT_POS % 32 == 0;
-    // Tiles so far, of less than 2^29, and above them the item's note: one register for a stage, its parity and
-    // that.
-    let mut number = 0u32;
+    let mut place = Place::first(tile.stages);
+    let mut note = 0u32;
     let mut index = CUBE_POS_X;
     while index < scalars.items {
         let work = Work::new(list, index, scalars, config.forward).never_empty();
         let item = work.item;
         if leads {
-            // The tiles before this item were begun when the keys of all but as many as there are stages had been
-            // read, so no more notes are in use, and one.
-            item.write(memory, number >> 29);
+            // No consumer is behind by more tiles than there are stages, nor by more items: two more notes are
+            // those of the item it finishes and of this one.
+            item.write(memory, note);
         }
-        number += comptime!(1u32 << 29);
+        note = next_note(note);
         let source = Source {
             head: item.head / scalars.group,
             batch: item.batch,
@@ -50,17 +50,15 @@ pub(super) fn produce<V: Numeric>(
             count: 0,
             scale: 0.0,
         };
-        let mut t = 0u32;
-        while t < item.tiles {
+        for t in 0..item.tiles {
             if t % 32 == 0 {
-                let own_tile = min(t + wgmma::here(UNIT_POS) % 32, item.tiles - 1);
+                let own_tile = min(t + UNIT_POS % 32, item.tiles - 1);
                 own.find(work.tile(list, own_tile), source, scales, scalars, config);
             }
             let found = own.of_unit(t % 32);
-            let stage = number % comptime!(tile.stages as u32);
-            let parity = number / comptime!(tile.stages as u32) % 2;
+            let stage = place.stage;
             // The phase before a barrier's first counts as complete, so the first waits pass.
-            barrier::wait(memory.key_empty(stage), parity ^ 1);
+            barrier::wait(memory.key_empty(stage), place.parity ^ 1);
             if leads {
                 found.write(memory, stage, t == 0);
                 let full = memory.key_full(stage);
@@ -78,7 +76,7 @@ pub(super) fn produce<V: Numeric>(
                     L2::Normal,
                 );
             }
-            barrier::wait(memory.value_empty(stage), parity ^ 1);
+            barrier::wait(memory.value_empty(stage), place.parity ^ 1);
             if leads {
                 // The keys' barrier: consumers wait once for both, when loads are far ahead of them.
                 let full = memory.key_full(stage);
@@ -99,12 +97,9 @@ pub(super) fn produce<V: Numeric>(
                     source.load(to, v, full, found.first, tile.keys, tile.value_dim);
                 }
             }
-            number += 1;
-            // Not unrolled: there are 24 registers.
-            t = wgmma::here(t + 1);
+            place.advance();
         }
-        // An argument, as there is no register to keep the number of cubes.
-        index += scalars.stride;
+        index += CUBE_COUNT_X;
     }
 }
 

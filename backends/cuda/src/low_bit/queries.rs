@@ -111,7 +111,7 @@ fn largest_half(queries: u32, #[comptime] finite: bool, #[comptime] config: LowB
             largest = low_bit::max_halves(largest, word);
             other = low_bit::max_halves(other, another);
         }
-        // Not unrolled further: there are 24 registers.
+        // Not unrolled further: there are 40 registers.
         at = wgmma::here(at + 1024);
     }
     let largest = low_bit::max_halves(largest, other);

@@ -17,8 +17,8 @@ use crate::ptx::low_bit::SCORE_BIAS;
 use crate::ptx::{low_bit, math};
 
 /// log2 of the FP8 weight of a score that is the maximum in use. A unit's 16 of a row add up to 215, less
-/// than the limit, and weights of less than 2^-10 of the largest lose bits, of the 2^-15 that e4m3 could
-/// hold beside it.
+/// than the limit, and as maxima are rounded up, weights of less than 2^-9 of the largest may lose bits, of
+/// the 2^-15 that e4m3 could hold beside it.
 pub(super) const FP8_SHIFT: f32 = 3.75;
 
 /// The largest FP8 weight, 448: where e4m3 saturates.
