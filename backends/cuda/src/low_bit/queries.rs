@@ -65,7 +65,7 @@ pub(super) fn produce_queries<F: Float>(
             largest = plane_max(largest_half(memory.queries, true, config));
         }
         let format = comptime!(config.products_format());
-        let largest = math::unpack(largest, format).extract(0usize);
+        let largest = math::widen(largest, format).extract(0usize);
         let scale = scale_of(u32::reinterpret(largest), comptime!(config.scores()));
         if UNIT_POS % 32 == 0 {
             scratch.write_scale(scale, reciprocal_of_scale(scale), infinite);
@@ -174,7 +174,7 @@ fn add_products(
     let mut sum = sum;
     #[unroll]
     for word in 0..2usize {
-        let pair = math::unpack(halves.extract(word), comptime!(config.products_format()));
+        let pair = math::widen(halves.extract(word), comptime!(config.products_format()));
         #[unroll]
         for e in 0..2usize {
             let mean = f32::reinterpret(mean.extract(comptime!(2 * word + e)));
@@ -238,7 +238,7 @@ fn convert(
             let mut values = Array::<f32>::new(4usize);
             #[unroll]
             for word in 0..2usize {
-                let pair = math::unpack(words.extract(word), config.products_format());
+                let pair = math::widen(words.extract(word), config.products_format());
                 #[unroll]
                 for e in 0..2usize {
                     let value = pair.extract(e);

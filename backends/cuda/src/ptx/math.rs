@@ -49,23 +49,32 @@ pub(crate) fn pack(low: f32, high: f32, #[comptime] format: &'static str) -> u32
 pub(crate) fn unpack(x: u32, #[comptime] format: &'static str) -> Vector<f32, Const<2>> {
     let x = value::<u32>(x);
     let y: Vector<f32, Const<2>>;
+    gpu_asm!(
+        "/* {y} */ {{ .reg .b16 low, high; mov.b32 {{low, high}}, {x}; \
+         cvt.f32.{format} %0, low; cvt.f32.{format} %1, high; }}",
+        y = out(_) y, x = in(_) x, format = const format,
+        options(pure, nomem)
+    );
+    y
+}
+
+/// The same in fewer instructions for bf16, whose bits are the upper half of a f32's. Where registers are scarce
+/// ptxas needs more of them for it.
+#[cube]
+pub(crate) fn widen(x: u32, #[comptime] format: &'static str) -> Vector<f32, Const<2>> {
     if comptime!(format == "bf16") {
-        // The upper half of the same number in f32.
+        let x = value::<u32>(x);
+        let y: Vector<f32, Const<2>>;
         gpu_asm!(
             "/* {y} */ {{ .reg .b32 low, high; shl.b32 low, {x}, 16; and.b32 high, {x}, 0xFFFF0000; \
              mov.b32 %0, low; mov.b32 %1, high; }}",
             y = out(_) y, x = in(_) x,
             options(pure, nomem)
         );
+        y
     } else {
-        gpu_asm!(
-            "/* {y} */ {{ .reg .b16 low, high; mov.b32 {{low, high}}, {x}; \
-             cvt.f32.{format} %0, low; cvt.f32.{format} %1, high; }}",
-            y = out(_) y, x = in(_) x, format = const format,
-            options(pure, nomem)
-        );
+        unpack(x, format)
     }
-    y
 }
 
 /// Stores four 8x8 matrices of 16-bit elements: lane `i` gives the shared address of row `i % 8` of
