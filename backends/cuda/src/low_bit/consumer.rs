@@ -251,7 +251,7 @@ impl Consumer {
     }
 
     /// Hands the keys' stage back to the producer.
-    fn release_keys(&mut self, memory: Memory) {
+    fn release_keys(&self, memory: Memory) {
         release(memory.key_empty(self.begun.stage));
     }
 

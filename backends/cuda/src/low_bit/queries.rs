@@ -9,7 +9,7 @@ use cubesla_kernels::block_list::BlockListView;
 use cubesla_kernels::quantize::{reciprocal_of_scale, scale_of};
 
 use super::config::LowBitConfig;
-use super::rows::{bound, codes_of_halves};
+use super::rows::{bound, codes};
 use super::scratch::Scratch;
 use crate::forward::config::{Memory, next_note};
 use crate::forward::kernel::ForwardScalars;
@@ -193,16 +193,16 @@ pub(super) fn take_queries(
     #[comptime] config: LowBitConfig,
 ) -> f32 {
     let warp_rows = memory.queries + UNIT_POS / 32 * comptime!(16 * 128u32);
-    let codes = memory.queries
+    let codes_tile = memory.queries
         + comptime!(config.query_bytes() as u32)
         + UNIT_POS / 32 * comptime!(16 * 128u32);
     let words = scratch.read_scale();
     let scale = f32::reinterpret(words.extract(0usize));
     let reciprocal = f32::reinterpret(words.extract(1usize));
     if words.extract(2usize) == 0 {
-        convert(warp_rows, codes, scale, reciprocal, false, config);
+        convert(warp_rows, codes_tile, scale, reciprocal, false, config);
     } else {
-        convert(warp_rows, codes, scale, reciprocal, true, config);
+        convert(warp_rows, codes_tile, scale, reciprocal, true, config);
     }
     tma::fence_writes();
     // Numbered as the warpgroup's staging tile is.
@@ -213,7 +213,7 @@ pub(super) fn take_queries(
 #[cube]
 fn convert(
     warp_rows: u32,
-    codes: u32,
+    codes_tile: u32,
     scale: f32,
     reciprocal: f32,
     #[comptime] infinite: bool,
@@ -223,7 +223,7 @@ fn convert(
     let (row, quarter) = (lane / 4, lane % 4);
     let base = warp_rows + row * 128 + quarter % 2 * 8;
     let first = wgmma::here((quarter / 2) ^ row);
-    let codes = codes + row * 128 + quarter * 4;
+    let tile = codes_tile + row * 128 + quarter * 4;
     let own = wgmma::here(row);
     let bound = bound(scale, config.scores());
     #[unroll]
@@ -249,10 +249,9 @@ fn convert(
                     };
                 }
             }
-            let (a, b, c, d) = (values[0], values[1], values[2], values[3]);
-            let word = codes_of_halves(a, b, c, d, reciprocal, config.scores());
+            let word = codes(&values, 0usize, reciprocal, true, config.scores());
             let chunk = comptime!((2 * group + i / 2) as u32);
-            let to = codes + comptime!((i % 2 * 8 * 128) as u32) + (own ^ chunk) * 16;
+            let to = tile + comptime!((i % 2 * 8 * 128) as u32) + (own ^ chunk) * 16;
             math::store_word(to, word);
         }
     }

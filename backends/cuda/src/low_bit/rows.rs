@@ -127,14 +127,7 @@ fn quantize_keys_kernel<F: Float, N: Size, W: Size>(
         #[unroll]
         for word in 0..comptime!(LOAD / 4) {
             let start = comptime!(i * LOAD + 4 * word);
-            let four = codes(
-                values[start],
-                values[comptime!(start + 1)],
-                values[comptime!(start + 2)],
-                values[comptime!(start + 3)],
-                reciprocal,
-                config.format,
-            );
+            let four = codes(&values, start, reciprocal, false, config.format);
             packed.insert(word, four);
         }
         if row < rows {
@@ -163,49 +156,43 @@ fn cube_max(x: u32) -> u32 {
 
 /// The codes of four numbers by their scale's reciprocal, the first in the lowest byte: of finite numbers, or
 /// of such between bounds. Of a NaN there are no codes that matter, as its scale is NaN.
+///
+/// Products of 16-bit numbers are `exact`: rounding them once, in the sum that gives an integer, is one
+/// instruction less and gives the same.
 #[cube]
 pub(super) fn codes(
-    a: f32,
-    b: f32,
-    c: f32,
-    d: f32,
+    values: &Array<f32>,
+    #[comptime] first: usize,
     reciprocal: f32,
+    #[comptime] exact: bool,
     #[comptime] format: Format,
 ) -> u32 {
-    let (a, b) = (
-        rounded_product(a, reciprocal),
-        rounded_product(b, reciprocal),
-    );
-    let (c, d) = (
-        rounded_product(c, reciprocal),
-        rounded_product(d, reciprocal),
-    );
+    let (a, b) = (values[first], values[comptime!(first + 1)]);
+    let (c, d) = (values[comptime!(first + 2)], values[comptime!(first + 3)]);
     if comptime!(format == Format::Fp8) {
-        pack_e4m3(a, b, c, d)
+        pack_e4m3(
+            rounded_product(a, reciprocal),
+            rounded_product(b, reciprocal),
+            rounded_product(c, reciprocal),
+            rounded_product(d, reciprocal),
+        )
     } else {
-        pack_bytes(rounded(a), rounded(b), rounded(c), rounded(d))
+        pack_bytes(
+            integer(a, reciprocal, exact),
+            integer(b, reciprocal, exact),
+            integer(c, reciprocal, exact),
+            integer(d, reciprocal, exact),
+        )
     }
 }
 
-/// The same of 16-bit numbers, whose products are exact: each is rounded once, in the sum that gives an
-/// integer.
+/// The nearest integer of `x reciprocal` in the lowest byte, ties to even: 1.5 x 2^23 leaves it there.
 #[cube]
-pub(super) fn codes_of_halves(
-    a: f32,
-    b: f32,
-    c: f32,
-    d: f32,
-    reciprocal: f32,
-    #[comptime] format: Format,
-) -> u32 {
-    if comptime!(format == Format::Fp8) {
-        codes(a, b, c, d, reciprocal, format)
+fn integer(x: f32, reciprocal: f32, #[comptime] exact: bool) -> u32 {
+    if exact {
+        u32::reinterpret(fma(x, reciprocal, 12_582_912.0))
     } else {
-        let a = u32::reinterpret(fma(a, reciprocal, ROUNDER));
-        let b = u32::reinterpret(fma(b, reciprocal, ROUNDER));
-        let c = u32::reinterpret(fma(c, reciprocal, ROUNDER));
-        let d = u32::reinterpret(fma(d, reciprocal, ROUNDER));
-        pack_bytes(a, b, c, d)
+        u32::reinterpret(rounded_product(x, reciprocal) + 12_582_912.0)
     }
 }
 
@@ -213,13 +200,4 @@ pub(super) fn codes_of_halves(
 #[cube]
 pub(super) fn bound(scale: f32, #[comptime] format: Format) -> f32 {
     min(scale * comptime!(format.top()), f32::max_value())
-}
-
-/// 1.5 x 2^23: what is added to it is rounded to an integer, ties to even, in the lowest bits.
-const ROUNDER: f32 = 12_582_912.0;
-
-/// The nearest integer of `x` in the lowest byte.
-#[cube]
-fn rounded(x: f32) -> u32 {
-    u32::reinterpret(x + ROUNDER)
 }

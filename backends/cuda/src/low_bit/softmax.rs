@@ -11,7 +11,7 @@ use super::producer::ScaledKeys;
 use crate::forward::kernel::ForwardScalars;
 use crate::forward::producer::Keys;
 use crate::forward::softmax::{
-    FLOOR, LARGEST, RowPair, Tops, Weights, mask_if_partial, unit_is_partial,
+    FLOOR, LARGEST, RowPair, Tops, Weights, mask_if_partial, read_scores, unit_is_partial,
 };
 use crate::ptx::low_bit::SCORE_BIAS;
 use crate::ptx::{low_bit, math};
@@ -37,22 +37,6 @@ fn bias(config: LowBitConfig) -> f32 {
 #[cube]
 pub(super) fn short_factor(factor: f32) -> f32 {
     f32::reinterpret(u32::reinterpret(factor) & 0xFFFF_FFFC)
-}
-
-/// The scores in the registers of `buffer`, of codes, with their bias.
-#[cube]
-fn read_scores(#[comptime] buffer: usize, #[comptime] config: LowBitConfig) -> Array<f32> {
-    let count = comptime!(config.products().keys / 2);
-    let mut scores = Array::<f32>::new(count);
-    #[unroll]
-    for step in 0..comptime!(count / 8) {
-        let some = low_bit::read_scores(buffer, step);
-        #[unroll]
-        for i in 0..8usize {
-            scores[comptime!(8 * step + i)] = some.extract(i);
-        }
-    }
-    scores
 }
 
 /// The largest of `scores`, times `factor`, up to the next integer: differences between maxima and biases
@@ -131,15 +115,13 @@ pub(super) fn make_tile_weights(
     #[comptime] buffer: usize,
     #[comptime] config: LowBitConfig,
 ) {
-    let scores = read_scores(buffer, config);
+    let scores = read_scores(buffer, comptime!(config.products().keys));
     make_weights(weights, &*rows, &scores, tile.factor, config);
-    let largest = comptime!(if config.fp8 { FP8_LARGEST } else { LARGEST });
     let marked = Keys {
         first: tile.keys.first,
         count: tile.mark,
     };
-    let partial = unit_is_partial(&*rows, marked, scalars, config.forward);
-    rows.raised = math::any(partial || weights.exceed(largest));
+    rows.raised = math::any(unit_is_wrong(&*weights, &*rows, marked, scalars, config));
     if rows.raised {
         check_weights(weights, rows, tile, scalars, buffer, config);
     } else if comptime!(config.fp8) {
@@ -147,6 +129,19 @@ pub(super) fn make_tile_weights(
         rows.lower.correction = 1.0;
     }
     rows.add(&*weights);
+}
+
+/// Whether the unit has weights of keys to mask, or some that may be too large.
+#[cube]
+fn unit_is_wrong(
+    weights: &Weights,
+    rows: &RowPair,
+    keys: Keys,
+    scalars: ForwardScalars,
+    #[comptime] config: LowBitConfig,
+) -> bool {
+    let largest = comptime!(if config.fp8 { FP8_LARGEST } else { LARGEST });
+    unit_is_partial(rows, keys, scalars, config.forward) || weights.exceed(largest)
 }
 
 /// Makes weights again that are too large, or of keys to mask, or in an item's first tile too small.
@@ -161,18 +156,17 @@ fn check_weights(
 ) {
     let mut again = true.runtime();
     if tile.mark == 0 {
-        let largest = comptime!(if config.fp8 { FP8_LARGEST } else { LARGEST });
-        let partial = unit_is_partial(&*rows, tile.keys.copy(), scalars, config.forward);
+        let wrong = unit_is_wrong(&*weights, &*rows, tile.keys.copy(), scalars, config);
         // Not a number is not enough.
         let enough = weights.upper_sum >= LEAST && weights.lower_sum >= LEAST;
-        again = math::any(partial || weights.exceed(largest) || !enough);
+        again = math::any(wrong || !enough);
         if again {
             rows.upper.max = FLOOR;
             rows.lower.max = FLOOR;
         }
     }
     if again {
-        let mut scores = read_scores(buffer, config);
+        let mut scores = read_scores(buffer, comptime!(config.products().keys));
         mask_if_partial(
             &mut scores,
             &*rows,

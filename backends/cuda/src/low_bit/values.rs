@@ -86,9 +86,9 @@ fn transpose_values_kernel<F: Float, N: Size>(
             }
             #[unroll]
             for e in 0..LOAD {
-                let scale = head * dim + column + e;
-                let (inverse, scale) = (inverses[scale], scales[scale]);
-                let to = (head * dim + column + e) * per_row as usize + (first / 4 + word) as usize;
+                let of_column = head * dim + column + e;
+                let (inverse, scale) = (inverses[of_column], scales[of_column]);
+                let to = of_column * per_row as usize + (first / 4 + word) as usize;
                 let bound = bound(scale, Format::Fp8);
                 let mut four = Array::<f32>::new(4usize);
                 #[unroll]

@@ -37,24 +37,23 @@ pub(crate) fn arrive_expect(at: u32, bytes: u32) {
 /// Waits until the phase of `parity` is complete.
 #[cube]
 pub(crate) fn wait(at: u32, parity: u32) {
-    let (at, parity) = (value::<u32>(at), value::<u32>(parity));
-    gpu_asm!(
-        "{{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [{at}], {parity}; \
-         @done bra END; bra AGAIN; END: }}",
-        at = in(_) at, parity = in(_) parity
-    );
+    wait_asking(at, parity, "");
 }
 
-/// The same for who waits long and may find out late: asks seldom.
+/// The same for who waits long and may find out late: asks every 10 microseconds.
 #[cube]
 pub(crate) fn wait_long(at: u32, parity: u32) {
+    wait_asking(at, parity, ", 10000");
+}
+
+#[cube]
+fn wait_asking(at: u32, parity: u32, #[comptime] after: &'static str) {
     let (at, parity) = (value::<u32>(at), value::<u32>(parity));
-    // Nanoseconds after which it asks again.
     gpu_asm!(
         "{{ .reg .pred done; \
-         AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [{at}], {parity}, 10000; \
+         AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [{at}], {parity}{after}; \
          @done bra END; bra AGAIN; END: }}",
-        at = in(_) at, parity = in(_) parity
+        at = in(_) at, parity = in(_) parity, after = const after
     );
 }
 

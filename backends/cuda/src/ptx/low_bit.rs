@@ -18,7 +18,8 @@ use cubecl::prelude::*;
 use super::math::store_chunk;
 use super::value;
 use super::wgmma::{
-    add_product, clear, list, moves, probability_buffer, read_eight, score_buffer, write_four,
+    add_product, clear, list, moves, probability_buffer, product_of_shared_text, score_buffer,
+    write_four,
 };
 
 /// Sizes of the products of one kernel.
@@ -111,30 +112,12 @@ pub(crate) fn scores(
 
 fn scores_text(p: LowBitProducts, to: &str) -> String {
     let (types, flags) = if p.int8 {
-        ("s32.s8.s8", "")
+        ("k32.s32.s8.s8", "")
     } else {
-        ("f32.e4m3.e4m3", ", 1, 1")
+        ("k32.f32.e4m3.e4m3", ", 1, 1")
     };
-    let mut text = String::from(
-        "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 a, b; ",
-    );
-    for step in 0..p.head_dim / 32 {
-        // 32 bytes, counted in 16. Integers are added to their bias.
-        text += &format!(
-            "add.u64 a, %0, {}; add.u64 b, %1, {}; \
-             wgmma.mma_async.sync.aligned.m64n{}k32.{types} {}, a, b, {}{flags}; ",
-            step * 2,
-            step * 2,
-            p.keys,
-            list(to, 0..p.keys / 2),
-            if step == 0 && !p.int8 {
-                "first"
-            } else {
-                "more"
-            },
-        );
-    }
-    text + "}"
+    let steps = p.head_dim / 32;
+    product_of_shared_text(types, flags, p.keys, steps, to, p.int8)
 }
 
 /// Integer scores are added to the bits of this f32. As sums of up to 256 products of codes are below
@@ -177,36 +160,22 @@ fn bias_text(to: &str, count: usize) -> String {
 #[cube]
 pub(crate) fn multiply_values(values: u64, #[comptime] p: LowBitProducts) {
     let values = value::<u64>(values);
-    let text = comptime!(product_text(
-        "f32.e4m3.e4m3",
-        ", 1, 1",
-        p.value_dim,
-        p.keys,
-        "par",
-        "prb"
-    ));
+    let text = comptime!(values_text(p));
     gpu_asm!("/* {values} */ {text}", values = in(_) values);
 }
 
-/// `to = left B`, `columns` wide, contracted over `depth` bytes of both.
-fn product_text(
-    types: &str,
-    flags: &str,
-    columns: usize,
-    depth: usize,
-    to: &str,
-    left: &str,
-) -> String {
+fn values_text(p: LowBitProducts) -> String {
     let mut text = String::from(
         "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
     );
-    for step in 0..depth / 32 {
+    for step in 0..p.keys / 32 {
         // 32 bytes, counted in 16.
         text += &format!(
-            "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{columns}k32.{types} {}, {}, b, {}{flags}; ",
+            "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{}k32.f32.e4m3.e4m3 {}, {}, b, {}, 1, 1; ",
             step * 2,
-            list(to, 0..columns / 2),
-            list(left, 4 * step..4 * step + 4),
+            p.value_dim,
+            list("par", 0..p.value_dim / 2),
+            list("prb", 4 * step..4 * step + 4),
             if step == 0 { "first" } else { "more" },
         );
     }
@@ -257,16 +226,6 @@ pub(crate) fn clear_accumulator(#[comptime] p: LowBitProducts) {
 #[cube]
 pub(crate) fn clear_product(#[comptime] p: LowBitProducts) {
     clear("par", comptime!(p.value_dim / 2));
-}
-
-/// Eight neighbouring registers of a buffer of scores, of a finished product, as f32: keys
-/// `16 group..16 group + 16`. Integers have [`SCORE_BIAS`] added.
-#[cube]
-pub(crate) fn read_scores(
-    #[comptime] buffer: usize,
-    #[comptime] group: usize,
-) -> Vector<f32, Const<8>> {
-    read_eight(comptime!(score_buffer(buffer)), group)
 }
 
 /// Replaces four neighbouring registers of a buffer of weights; no product may be reading them.

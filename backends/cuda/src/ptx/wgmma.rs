@@ -169,18 +169,39 @@ pub(crate) fn scores_of_shared(queries: u64, keys: u64, #[comptime] products: Pr
 
 fn scores_of_shared_text(p: Products) -> String {
     let format = p.format();
+    let types = format!("k16.f32.{format}.{format}");
+    product_of_shared_text(
+        &types,
+        ", 1, 1, 0, 0",
+        p.keys,
+        p.head_dim / 16,
+        "sco",
+        false,
+    )
+}
+
+/// `to = A B` of `types`, `columns` wide, of K-major tiles with rows of one box, in so many steps of 32 bytes;
+/// `to += A B` with `adds`.
+pub(super) fn product_of_shared_text(
+    types: &str,
+    flags: &str,
+    columns: usize,
+    steps: usize,
+    to: &str,
+    adds: bool,
+) -> String {
     let mut text = String::from(
         "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 a, b; ",
     );
-    for step in 0..p.head_dim / 16 {
+    for step in 0..steps {
+        // Offsets count 16 bytes.
         text += &format!(
             "add.u64 a, %0, {}; add.u64 b, %1, {}; \
-             wgmma.mma_async.sync.aligned.m64n{}k16.f32.{format}.{format} {}, a, b, {}, 1, 1, 0, 0; ",
+             wgmma.mma_async.sync.aligned.m64n{columns}{types} {}, a, b, {}{flags}; ",
             step * 2,
             step * 2,
-            p.keys,
-            list("sco", 0..p.keys / 2),
-            if step == 0 { "first" } else { "more" },
+            list(to, 0..columns / 2),
+            if step == 0 && !adds { "first" } else { "more" },
         );
     }
     text + "}"
