@@ -59,7 +59,8 @@ impl WgmmaTile {
     fn layout(&self, query_bytes: usize, value_bytes: usize) -> Layout {
         let keys = self.query_tiles() * query_bytes;
         let values = keys + self.stages * self.key_bytes();
-        let out = values + self.stages * value_bytes;
+        // Tiles of FP8 values may be shorter than the swizzle of outputs repeats itself.
+        let out = (values + self.stages * value_bytes).next_multiple_of(1024);
         let barriers = out + self.consumers * self.out_bytes();
         let notes = barriers + (self.barriers() * 8).next_multiple_of(16);
         let bytes = notes + self.notes() * 8;
@@ -321,6 +322,38 @@ impl Place {
         if self.stage == comptime!(self.stages as u32) {
             self.stage = 0;
             self.parity ^= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tiles with the 128-byte swizzle begin where it repeats itself, whatever comes before them.
+    #[test]
+    fn tiles_begin_where_their_swizzle_does() {
+        for (head_dim, value_dim) in [(8, 8), (24, 72), (48, 40), (64, 128), (128, 96)] {
+            for (keys, stages) in [(16, 4), (32, 5), (64, 4), (64, 5)] {
+                let tile = WgmmaTile {
+                    head_dim,
+                    value_dim,
+                    bf16: true,
+                    consumers: 2,
+                    streams: 1,
+                    keys,
+                    stages,
+                    ahead: true,
+                };
+                // In 16 bits, and transposed in 8.
+                let fp8 = tile.products().value_dim * keys;
+                for value_bytes in [tile.value_bytes(), fp8] {
+                    let layout = tile.layout(tile.query_bytes(), value_bytes);
+                    for start in [layout.keys, layout.values, layout.out] {
+                        assert_eq!(start % 1024, 0, "{tile:?}, {value_bytes} bytes of values");
+                    }
+                }
+            }
         }
     }
 }

@@ -105,17 +105,11 @@ pub(crate) fn block_sparse_forward_wgmma<F: Float>(
 /// Initialises the barriers of queries and stages.
 #[cube]
 pub(crate) fn init_barriers(memory: Memory, #[comptime] tile: WgmmaTile) {
-    init_barriers_for(memory, comptime!(tile.consumers as u32 * 4), tile);
-}
-
-/// The same with another number of warps that read queries.
-#[cube]
-pub(crate) fn init_barriers_for(memory: Memory, readers: u32, #[comptime] tile: WgmmaTile) {
     let consumers = comptime!(tile.consumers as u32);
     #[unroll]
     for slot in 0..comptime!(tile.query_tiles() as u32) {
         barrier::init(memory.query_full(slot), 1);
-        barrier::init(memory.query_empty(slot), readers);
+        barrier::init(memory.query_empty(slot), consumers * 4);
     }
     #[unroll]
     for stage in 0..comptime!(tile.stages as u32) {

@@ -277,7 +277,7 @@ impl Source {
     }
 
     /// The same with another say on what the L2 cache keeps.
-    fn load_through(
+    pub fn load_through(
         &self,
         to: u32,
         map: u64,

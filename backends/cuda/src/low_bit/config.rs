@@ -91,7 +91,7 @@ impl LowBitConfig {
         let p = self.products();
         let accumulators = p.value_dim / 2 * if self.fp8 { 2 } else { 1 };
         let scores = p.keys / 2 * if self.ahead() { 2 } else { 1 };
-        let named = accumulators + scores + 2 * self.weight_words();
-        (self.forward.tile.consumers == 2 && (self.ahead() || named >= 120)).then_some((40, 232))
+        let named = accumulators + scores + 2 * self.weight_words() + p.head_dim / 8;
+        (self.forward.tile.consumers == 2 && (self.ahead() || named >= 120)).then_some((24, 240))
     }
 }

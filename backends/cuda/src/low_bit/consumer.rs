@@ -33,15 +33,15 @@ pub(super) fn consume<F: Float>(
     let out = tensor_map_address(out);
     let mut consumer = Consumer::new(memory, scratch, config);
     let mut index = CUBE_POS_X;
-    consumer.begin(true, memory);
+    consumer.begin(true, 0u32, memory);
     while index < scalars.items {
         let item = Item::read(memory, consumer.note);
         let mut rows = RowPair::new(item.first_query);
         rows.upper.max = consumer.upper_max;
         rows.lower.max = consumer.lower_max;
         consumer.attend(&mut rows, item.tiles, memory, scalars);
-        index += CUBE_COUNT_X;
-        consumer.begin(index < scalars.items, memory);
+        index += scalars.stride;
+        consumer.begin(index < scalars.items, next_note(consumer.note), memory);
         wgmma::wait(1u32);
         consumer.finish(&rows, memory);
         // Read again: registers are scarce between.
@@ -77,8 +77,6 @@ struct Consumer {
     /// The maxima in use at the end of the item before.
     upper_max: f32,
     lower_max: f32,
-    /// Of the warpgroup's queries in 8 bits.
-    query_tile: u64,
     key_tiles: Descriptors,
     value_tiles: Descriptors,
     /// Of the queries whose scores were begun last, for base-2 scores.
@@ -98,10 +96,6 @@ impl Consumer {
         } else {
             wgmma::description_transposed(keys)
         });
-        let queries = memory.queries
-            + comptime!(config.query_bytes() as u32)
-            + UNIT_POS / 128 * comptime!(64 * 128u32);
-        let queries = plane_broadcast(queries, 0u32);
         Consumer {
             begun: Place::before_first(tile.stages),
             before: 0,
@@ -111,7 +105,6 @@ impl Consumer {
             tile: ScaledKeys::none(),
             upper_max: FLOOR,
             lower_max: FLOOR,
-            query_tile: wgmma::descriptor(queries),
             key_tiles: Descriptors::new(memory.keys, wgmma::DESCRIPTION, tile.key_bytes()),
             value_tiles: Descriptors::new(memory.values, values, config.value_bytes()),
             query_scale: 0.0,
@@ -122,16 +115,13 @@ impl Consumer {
 
     /// Takes the next item: its queries, and the scores of its first tile, which are in flight then; as
     /// in [`crate::forward`], also if there are no `more`.
-    fn begin(&mut self, more: bool, memory: Memory) {
+    fn begin(&mut self, more: bool, note: u32, memory: Memory) {
         let config = comptime!(self.config);
         if more {
             barrier::wait(memory.query_full(0u32), self.query_parity);
             barrier::wait(memory.measured(), self.query_parity);
-        } else {
-            // Shifts of the last item are there then; those of others, when the next one's queries are.
-            barrier::wait(memory.query_empty(0u32), self.query_parity ^ 1);
         }
-        let scale = take_queries(memory, self.scratch, config);
+        let scale = take_queries(memory, self.scratch, note, config);
         self.query_scale = scale * std::f32::consts::LOG2_E;
         self.query_parity ^= 1;
         sync_plane();
@@ -231,8 +221,7 @@ impl Consumer {
         }
         self.tile.read(memory, stage, self.query_scale);
         wgmma::fence();
-        let (queries, keys) = (self.query_tile, self.key_tiles.at(stage));
-        low_bit::scores(queries, keys, buffer, config.products());
+        low_bit::scores(self.key_tiles.at(stage), buffer, config.products());
         wgmma::commit();
     }
 

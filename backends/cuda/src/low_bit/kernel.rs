@@ -1,7 +1,7 @@
 //! The kernel: the producer and consumers of [`crate::forward`], with 8-bit products.
 //!
 //! Behind the consumers' warpgroups comes one of four warps: the first loads keys and values, the second loads
-//! queries and finds their scales, and one for each warpgroup of consumers multiplies them by the mean key.
+//! queries and finds their scales.
 
 use cubecl::prelude::*;
 use cubesla_kernels::block_list::BlockListView;
@@ -9,10 +9,10 @@ use cubesla_kernels::block_list::BlockListView;
 use super::config::LowBitConfig;
 use super::consumer::consume;
 use super::producer::produce;
-use super::queries::{produce_queries, produce_shifts};
+use super::queries::produce_queries;
 use super::scratch::Scratch;
 use crate::forward::config::Memory;
-use crate::forward::kernel::{ForwardScalars, init_barriers_for};
+use crate::forward::kernel::{ForwardScalars, init_barriers};
 use crate::ptx::{barrier, low_bit, wgmma};
 
 /// Block-sparse attention on 8-bit queries and keys. Grid: as of the 16-bit kernel.
@@ -31,18 +31,18 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
     #[define(V)] _value_type: ElemType,
 ) {
     let tile = comptime!(config.forward.tile);
-    // Queries in 16 bits, and behind them in 8.
-    let query_bytes = comptime!(config.query_bytes() + tile.query_bytes());
-    let value_bytes = comptime!(config.value_bytes());
-    let memory = Memory::with_tiles(tile, query_bytes, value_bytes);
+    let memory = Memory::with_tiles(
+        tile,
+        comptime!(config.query_bytes()),
+        comptime!(config.value_bytes()),
+    );
     let scratch = Scratch::new(config);
     low_bit::declare_registers(config.products());
 
     let consumers = comptime!(tile.consumers as u32);
     if UNIT_POS == 0 {
         scratch.init();
-        // Beside the consumers' warps one for each of them that multiplies by the mean key.
-        init_barriers_for(memory, consumers * 5, tile);
+        init_barriers(memory, tile);
         barrier::init(memory.measured(), 1);
         barrier::fence_init();
     }
@@ -55,8 +55,6 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
         let warp = UNIT_POS / 32 - consumers * 4;
         if warp == 1 {
             produce_queries::<F>(q, list, &scales.mean, memory, scratch, scalars, config);
-        } else if warp >= 2 && warp < 2 + consumers {
-            produce_shifts(warp - 2, memory, scratch, scalars, config);
         } else if warp == 0 {
             produce::<V>(k, v, list, scales, memory, scalars, config);
         }

@@ -71,6 +71,8 @@ impl WgmmaLowBitPlan {
         }
         // Pairs of 8-bit elements.
         forward.tile.head_dim = problem.head_dim() / 2;
+        // Tiles are smaller, so that there is room for one more.
+        forward.tile.stages = 5;
         Ok(Self { forward, formats })
     }
 

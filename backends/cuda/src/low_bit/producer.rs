@@ -11,7 +11,7 @@ use crate::forward::config::{ITEM_NOTES, Memory, Place, next_note};
 use crate::forward::kernel::{ForwardScalars, Work};
 use crate::forward::producer::{Keys, Source};
 use crate::ptx::tma::L2;
-use crate::ptx::{barrier, math, tma, value};
+use crate::ptx::{barrier, math, tma, value, wgmma};
 
 /// Loads the keys and values of each tile as soon as there is room. Another warp loads queries.
 #[cube]
@@ -50,7 +50,8 @@ pub(super) fn produce<V: Numeric>(
             count: 0,
             scale: 0.0,
         };
-        for t in 0..item.tiles {
+        let mut t = 0u32;
+        while t < item.tiles {
             if t % 32 == 0 {
                 let own_tile = min(t + UNIT_POS % 32, item.tiles - 1);
                 own.find(work.tile(list, own_tile), source, scales, scalars, config);
@@ -98,8 +99,10 @@ pub(super) fn produce<V: Numeric>(
                 }
             }
             place.advance();
+            // Not unrolled: there are 24 registers.
+            t = wgmma::here(t + 1);
         }
-        index += CUBE_COUNT_X;
+        index += scalars.stride;
     }
 }
 

@@ -4,6 +4,7 @@
 //!
 //! | name | holds | layout in unit `l` of warp `w` |
 //! |---|---|---|
+//! | `qry<D/8>` | queries `[64, D]`, 8 bits, A operand | as `prb` of FP8 weights |
 //! | `sco<K/2>` | s32 or f32 scores `[64, K]` | as `acc` |
 //! | `nxt<K/2>` | scores of the tile after it | the same |
 //! | `par<N/2>` | f32 product of one tile `[64, N]` | as `acc` |
@@ -18,8 +19,8 @@ use cubecl::prelude::*;
 use super::math::store_chunk;
 use super::value;
 use super::wgmma::{
-    add_product, clear, list, moves, probability_buffer, product_of_shared_text, score_buffer,
-    write_four,
+    ScoresText, add_product, clear, list, moves, probability_buffer, score_buffer,
+    scores_of_registers_text, write_four,
 };
 
 /// Sizes of the products of one kernel.
@@ -59,8 +60,9 @@ fn declare_text(p: LowBitProducts) -> String {
         None => (p.keys / 8, p.value_dim / 2),
     };
     format!(
-        ".reg .f32 acc<{}>; .reg .f32 par<{parts}>; .reg .{scores} sco<{}>; .reg .{scores} nxt<{}>; \
-         .reg .b32 prb<{weights}>; .reg .b32 prn<{weights}>;",
+        ".reg .b32 qry<{}>; .reg .f32 acc<{}>; .reg .f32 par<{parts}>; .reg .{scores} sco<{}>; \
+         .reg .{scores} nxt<{}>; .reg .b32 prb<{weights}>; .reg .b32 prn<{weights}>;",
+        p.head_dim / 8,
         p.value_dim / 2,
         p.keys / 2,
         p.keys / 2,
@@ -97,17 +99,18 @@ pub(crate) fn without_halves(word: u32, infinity: u32) -> u32 {
     select(low == infinity, 0, low) | select(high == infinity, 0, high) << 16
 }
 
-/// Begins `S = Q K^T` with the tiles that `queries` and `keys` describe, into buffer 0 or 1: `sco` or `nxt`.
+/// Sets the registers of queries that hold 32 columns.
 #[cube]
-pub(crate) fn scores(
-    queries: u64,
-    keys: u64,
-    #[comptime] buffer: usize,
-    #[comptime] p: LowBitProducts,
-) {
-    let (queries, keys) = (value::<u64>(queries), value::<u64>(keys));
+pub(crate) fn write_queries(words: Vector<u32, Const<4>>, #[comptime] group: usize) {
+    write_four("qry", words, group);
+}
+
+/// Begins `S = Q K^T` with the tile that `keys` describes, into buffer 0 or 1: `sco` or `nxt`.
+#[cube]
+pub(crate) fn scores(keys: u64, #[comptime] buffer: usize, #[comptime] p: LowBitProducts) {
+    let keys = value::<u64>(keys);
     let text = comptime!(scores_text(p, score_buffer(buffer)));
-    gpu_asm!("/* {queries} {keys} */ {text}", queries = in(_) queries, keys = in(_) keys);
+    gpu_asm!("/* {keys} */ {text}", keys = in(_) keys);
 }
 
 fn scores_text(p: LowBitProducts, to: &str) -> String {
@@ -116,8 +119,14 @@ fn scores_text(p: LowBitProducts, to: &str) -> String {
     } else {
         ("k32.f32.e4m3.e4m3", ", 1, 1")
     };
-    let steps = p.head_dim / 32;
-    product_of_shared_text(types, flags, p.keys, steps, to, p.int8)
+    scores_of_registers_text(ScoresText {
+        types,
+        flags,
+        keys: p.keys,
+        steps: p.head_dim / 32,
+        to,
+        adds: p.int8,
+    })
 }
 
 /// Integer scores are added to the bits of this f32. As sums of up to 256 products of codes are below

@@ -169,39 +169,19 @@ pub(crate) fn scores_of_shared(queries: u64, keys: u64, #[comptime] products: Pr
 
 fn scores_of_shared_text(p: Products) -> String {
     let format = p.format();
-    let types = format!("k16.f32.{format}.{format}");
-    product_of_shared_text(
-        &types,
-        ", 1, 1, 0, 0",
-        p.keys,
-        p.head_dim / 16,
-        "sco",
-        false,
-    )
-}
-
-/// `to = A B` of `types`, `columns` wide, of K-major tiles with rows of one box, in so many steps of 32 bytes;
-/// `to += A B` with `adds`.
-pub(super) fn product_of_shared_text(
-    types: &str,
-    flags: &str,
-    columns: usize,
-    steps: usize,
-    to: &str,
-    adds: bool,
-) -> String {
     let mut text = String::from(
         "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 a, b; ",
     );
-    for step in 0..steps {
-        // Offsets count 16 bytes.
+    for step in 0..p.head_dim / 16 {
+        // 16 columns are 32 bytes; offsets count 16 bytes.
         text += &format!(
             "add.u64 a, %0, {}; add.u64 b, %1, {}; \
-             wgmma.mma_async.sync.aligned.m64n{columns}{types} {}, a, b, {}{flags}; ",
+             wgmma.mma_async.sync.aligned.m64n{}k16.f32.{format}.{format} {}, a, b, {}, 1, 1, 0, 0; ",
             step * 2,
             step * 2,
-            list(to, 0..columns / 2),
-            if step == 0 && !adds { "first" } else { "more" },
+            p.keys,
+            list("sco", 0..p.keys / 2),
+            if step == 0 { "first" } else { "more" },
         );
     }
     text + "}"
@@ -209,19 +189,47 @@ pub(super) fn product_of_shared_text(
 
 fn scores_text(p: Products, to: &str) -> String {
     let format = p.format();
+    scores_of_registers_text(ScoresText {
+        types: &format!("k16.f32.{format}.{format}"),
+        flags: ", 1, 1, 0",
+        keys: p.keys,
+        steps: p.head_dim / 16,
+        to,
+        adds: false,
+    })
+}
+
+/// What a product of the registers `qry` and a K-major tile of keys is spelled with.
+pub(super) struct ScoresText<'a> {
+    pub types: &'a str,
+    pub flags: &'a str,
+    pub keys: usize,
+    /// Of 32 bytes of a row.
+    pub steps: usize,
+    pub to: &'a str,
+    /// Whether it is added to what is there.
+    pub adds: bool,
+}
+
+pub(super) fn scores_of_registers_text(s: ScoresText<'_>) -> String {
     let mut text = String::from(
         "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
     );
-    for step in 0..p.head_dim / 16 {
-        // 16 columns are 32 bytes; 64 columns are a box of 128 bytes a row. Offsets count 16 bytes.
+    for step in 0..s.steps {
+        // Four steps are a box of 128 bytes a row. Offsets count 16 bytes.
         text += &format!(
-            "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{}k16.f32.{format}.{format} \
-             {}, {}, b, {}, 1, 1, 0; ",
-            step / 4 * p.keys * 8 + step % 4 * 2,
-            p.keys,
-            list(to, 0..p.keys / 2),
+            "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{}{} {}, {}, b, {}{}; ",
+            step / 4 * s.keys * 8 + step % 4 * 2,
+            s.keys,
+            s.types,
+            list(s.to, 0..s.keys / 2),
             list("qry", 4 * step..4 * step + 4),
-            if step == 0 { "first" } else { "more" },
+            if step == 0 && !s.adds {
+                "first"
+            } else {
+                "more"
+            },
+            s.flags,
         );
     }
     text + "}"
