@@ -113,8 +113,8 @@ impl Consumer {
         }
     }
 
-    /// Takes the next item: its queries, and the scores of its first tile, which are in flight then; as
-    /// in [`crate::forward`], also if there are no `more`.
+    /// Takes the next item, which `note` is on: its queries, and the scores of its first tile, which are in
+    /// flight then; as in [`crate::forward`], also if there are no `more`.
     fn begin(&mut self, more: bool, note: u32, memory: Memory) {
         let config = comptime!(self.config);
         if more {
