@@ -19,8 +19,8 @@ use cubecl::prelude::*;
 use super::math::store_chunk;
 use super::value;
 use super::wgmma::{
-    ScoresText, add_product, clear, list, moves, probability_buffer, score_buffer,
-    scores_of_registers_text, write_four,
+    ProductText, add_product, clear, list, moves, probability_buffer, product_of_registers_text,
+    score_buffer, write_four,
 };
 
 /// Sizes of the products of one kernel.
@@ -119,11 +119,12 @@ fn scores_text(p: LowBitProducts, to: &str) -> String {
     } else {
         ("k32.f32.e4m3.e4m3", ", 1, 1")
     };
-    scores_of_registers_text(ScoresText {
+    product_of_registers_text(ProductText {
         types,
         flags,
-        keys: p.keys,
+        columns: p.keys,
         steps: p.head_dim / 32,
+        left: "qry",
         to,
         adds: p.int8,
     })
@@ -174,21 +175,15 @@ pub(crate) fn multiply_values(values: u64, #[comptime] p: LowBitProducts) {
 }
 
 fn values_text(p: LowBitProducts) -> String {
-    let mut text = String::from(
-        "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
-    );
-    for step in 0..p.keys / 32 {
-        // 32 bytes, counted in 16.
-        text += &format!(
-            "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{}k32.f32.e4m3.e4m3 {}, {}, b, {}, 1, 1; ",
-            step * 2,
-            p.value_dim,
-            list("par", 0..p.value_dim / 2),
-            list("prb", 4 * step..4 * step + 4),
-            if step == 0 { "first" } else { "more" },
-        );
-    }
-    text + "}"
+    product_of_registers_text(ProductText {
+        types: "k32.f32.e4m3.e4m3",
+        flags: ", 1, 1",
+        columns: p.value_dim,
+        steps: p.keys / 32,
+        left: "prb",
+        to: "par",
+        adds: false,
+    })
 }
 
 /// Begins `acc += P V` with `P` a buffer of weights, 16 bits, and `V` the tile that `values` describes;

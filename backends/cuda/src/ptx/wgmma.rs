@@ -189,47 +189,47 @@ fn scores_of_shared_text(p: Products) -> String {
 
 fn scores_text(p: Products, to: &str) -> String {
     let format = p.format();
-    scores_of_registers_text(ScoresText {
+    product_of_registers_text(ProductText {
         types: &format!("k16.f32.{format}.{format}"),
         flags: ", 1, 1, 0",
-        keys: p.keys,
+        columns: p.keys,
         steps: p.head_dim / 16,
+        left: "qry",
         to,
         adds: false,
     })
 }
 
-/// What a product of the registers `qry` and a K-major tile of keys is spelled with.
-pub(super) struct ScoresText<'a> {
+/// What a product of registers and a K-major tile is spelled with.
+pub(super) struct ProductText<'a> {
     pub types: &'a str,
     pub flags: &'a str,
-    pub keys: usize,
+    /// Of the product, which are rows of the tile.
+    pub columns: usize,
     /// Of 32 bytes of a row.
     pub steps: usize,
+    pub left: &'a str,
     pub to: &'a str,
     /// Whether it is added to what is there.
     pub adds: bool,
 }
 
-pub(super) fn scores_of_registers_text(s: ScoresText<'_>) -> String {
+pub(super) fn product_of_registers_text(p: ProductText<'_>) -> String {
     let mut text = String::from(
         "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
     );
-    for step in 0..s.steps {
+    for step in 0..p.steps {
+        let replaces = step == 0 && !p.adds;
         // Four steps are a box of 128 bytes a row. Offsets count 16 bytes.
         text += &format!(
             "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{}{} {}, {}, b, {}{}; ",
-            step / 4 * s.keys * 8 + step % 4 * 2,
-            s.keys,
-            s.types,
-            list(s.to, 0..s.keys / 2),
-            list("qry", 4 * step..4 * step + 4),
-            if step == 0 && !s.adds {
-                "first"
-            } else {
-                "more"
-            },
-            s.flags,
+            step / 4 * p.columns * 8 + step % 4 * 2,
+            p.columns,
+            p.types,
+            list(p.to, 0..p.columns / 2),
+            list(p.left, 4 * step..4 * step + 4),
+            if replaces { "first" } else { "more" },
+            p.flags,
         );
     }
     text + "}"
