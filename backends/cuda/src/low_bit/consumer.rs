@@ -69,7 +69,6 @@ struct Consumer {
     before: u32,
     /// The stage of the tile whose values are multiplied, or will be next.
     values: u32,
-    query_parity: u32,
     /// On the item being computed.
     note: u32,
     /// The keys whose scores were begun last.
@@ -100,7 +99,6 @@ impl Consumer {
             begun: Place::before_first(tile.stages),
             before: 0,
             values: 0,
-            query_parity: 0,
             note: 0,
             tile: ScaledKeys::none(),
             upper_max: FLOOR,
@@ -118,12 +116,12 @@ impl Consumer {
     fn begin(&mut self, more: bool, note: u32, memory: Memory) {
         let config = comptime!(self.config);
         if more {
-            barrier::wait(memory.query_full(0u32), self.query_parity);
-            barrier::wait(memory.measured(), self.query_parity);
+            // There is an even number of notes, so that they tell the phase.
+            barrier::wait(memory.query_full(0u32), note % 2);
+            barrier::wait(memory.measured(), note % 2);
         }
         let scale = take_queries(memory, self.scratch, note, config);
         self.query_scale = scale * std::f32::consts::LOG2_E;
-        self.query_parity ^= 1;
         sync_plane();
         if more && UNIT_POS % 32 == 0 {
             barrier::arrive(memory.query_empty(0u32));

@@ -61,11 +61,11 @@ pub(super) fn produce_queries<F: Float>(
         parity ^= 1;
 
         let infinity = comptime!(config.infinity());
-        let mut largest = math::max_of_warp(largest_half(memory.queries, false, config));
+        let mut largest = plane_max(largest_half(memory.queries, false, config));
         let infinite = largest == infinity;
         if infinite {
             // Infinities saturate at the largest of the others.
-            largest = math::max_of_warp(largest_half(memory.queries, true, config));
+            largest = plane_max(largest_half(memory.queries, true, config));
         }
         let format = comptime!(config.products_format());
         let largest = math::widen(largest, format).extract(0usize);

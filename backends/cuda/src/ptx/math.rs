@@ -163,15 +163,6 @@ pub(crate) fn rounded_product(x: f32, y: f32) -> f32 {
     z
 }
 
-/// The largest `x` of the warp, all of whose units ask.
-#[cube]
-pub(crate) fn max_of_warp(x: u32) -> u32 {
-    let x = value::<u32>(x);
-    let y: u32;
-    gpu_asm!("redux.sync.max.u32 {y}, {x}, -1;", y = out(_) y, x = in(_) x);
-    y
-}
-
 /// Whether `x` holds for a unit of the warp, all of whose units ask.
 #[cube]
 pub(crate) fn any(x: bool) -> bool {
