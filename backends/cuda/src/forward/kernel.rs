@@ -75,14 +75,10 @@ pub(crate) fn block_sparse_forward_wgmma<F: Float>(
         if comptime!(tile.registers().is_some()) {
             wgmma::shrink_registers(comptime!(tile.registers().unwrap().0));
         }
-        if comptime!(tile.streams > 1) {
-            let warp = (UNIT_POS - consumer_units) / 32;
-            if UNIT_POS % 32 == 0 && warp < comptime!(tile.streams as u32) {
-                let memory = all.of_stream(warp, tile);
-                produce::<F>(q, k, v, list, weights, warp, memory, scalars, config);
-            }
-        } else if UNIT_POS == consumer_units {
-            produce::<F>(q, k, v, list, weights, 0u32, all, scalars, config);
+        let warp = (UNIT_POS - consumer_units) / 32;
+        if warp < comptime!(tile.streams as u32) && math::elected() {
+            let memory = all.of_stream(warp, tile);
+            produce::<F>(q, k, v, list, weights, warp, memory, scalars, config);
         }
     } else {
         if comptime!(tile.registers().is_some()) {

@@ -56,7 +56,7 @@ pub(crate) fn low_bit_forward_wgmma<F: Float, V: Numeric>(
         if warp == 1 {
             produce_queries::<F>(q, list, &scales.mean, memory, scratch, scalars, config);
         } else if warp == 0 {
-            produce::<V>(k, v, list, scales, memory, scalars, config);
+            produce::<V>(k, v, list, scales, scratch, memory, scalars, config);
         }
     } else {
         if comptime!(config.registers().is_some()) {

@@ -6,8 +6,9 @@ use cubesla_kernels::block_list::{BlockListView, Span};
 
 use super::config::LowBitConfig;
 use super::kernel::Scales;
+use super::scratch::Scratch;
 use super::softmax::short_factor;
-use crate::forward::config::{ITEM_NOTES, Memory, Place, next_note};
+use crate::forward::config::{ITEM_NOTES, Memory, Place, note_of};
 use crate::forward::kernel::{ForwardScalars, Work};
 use crate::forward::producer::{Keys, Source};
 use crate::ptx::tma::L2;
@@ -20,6 +21,7 @@ pub(super) fn produce<V: Numeric>(
     v: &TensorMap<V, Tiled>,
     list: &BlockListView,
     scales: &Scales,
+    scratch: Scratch,
     memory: Memory,
     scalars: ForwardScalars,
     #[comptime] config: LowBitConfig,
@@ -28,135 +30,143 @@ pub(super) fn produce<V: Numeric>(
     let v = tensor_map_address(v);
     let tile = comptime!(config.forward.tile);
     comptime!(assert!(tile.stages + 2 <= ITEM_NOTES));
-    let leads = UNIT_POS % 32 == 0;
+    let leads = math::elected();
     let mut place = Place::first(tile.stages);
-    let mut note = 0u32;
-    let mut index = CUBE_POS_X;
-    while index < scalars.items {
+    let mut done = 0u32;
+    while CUBE_POS_X + done * scalars.stride < scalars.items {
+        let index = CUBE_POS_X + done * scalars.stride;
         let work = Work::new(list, index, scalars, config.forward).never_empty();
         let item = work.item;
         if leads {
             // No consumer is behind by more tiles than there are stages, nor by more items: two more notes are
             // those of the item it finishes and of this one.
-            item.write(memory, note);
+            item.write(memory, note_of(done));
         }
-        note = next_note(note);
         let source = Source {
             head: item.head / scalars.group,
             batch: item.batch,
         };
-        let mut own = Lookup {
-            first: 0,
-            count: 0,
-            scale: 0.0,
-        };
-        let mut t = 0u32;
-        while t < item.tiles {
-            if t % 32 == 0 {
-                let own_tile = min(t + UNIT_POS % 32, item.tiles - 1);
-                own.find(work.tile(list, own_tile), source, scales, scalars, config);
-            }
-            let found = own.of_unit(t % 32);
-            let stage = place.stage;
-            // The phase before a barrier's first counts as complete, so the first waits pass.
-            barrier::wait(memory.key_empty(stage), place.parity ^ 1);
+        let mut first = 0u32;
+        while first < item.tiles {
+            let own = first + UNIT_POS % 32;
+            Lookup::new(
+                work.tile(list, min(own, item.tiles - 1)),
+                source,
+                scales,
+                scalars,
+                config,
+            )
+            .write(scratch.lookup(UNIT_POS % 32), own == 0);
+            sync_plane();
             if leads {
-                found.write(memory, stage, t == 0);
-                let full = memory.key_full(stage);
-                let bytes = comptime!((tile.key_bytes() + config.value_bytes()) as u32);
-                barrier::arrive_expect(full, bytes);
-                let to = memory.keys + stage * comptime!(tile.key_bytes() as u32);
-                tma::load(
-                    to,
-                    k,
-                    full,
-                    0u32,
-                    found.first,
-                    source.head,
-                    source.batch,
-                    L2::Normal,
-                );
+                let count = min(item.tiles - first, 32);
+                load_tiles(k, v, source, count, &mut place, scratch, memory, config);
             }
-            barrier::wait(memory.value_empty(stage), place.parity ^ 1);
-            if leads {
-                // The keys' barrier: consumers wait once for both, when loads are far ahead of them.
-                let full = memory.key_full(stage);
-                let to = memory.values + stage * comptime!(config.value_bytes() as u32);
-                if comptime!(config.fp8) {
-                    let column = found.first / 4;
-                    tma::load(
-                        to,
-                        v,
-                        full,
-                        column,
-                        0u32,
-                        source.head,
-                        source.batch,
-                        L2::Normal,
-                    );
-                } else {
-                    source.load(to, v, full, found.first, tile.keys, tile.value_dim);
-                }
-            }
-            place.advance();
-            // Not unrolled: there are 24 registers.
-            t = wgmma::here(t + 1);
+            sync_plane();
+            first += 32;
         }
-        index += scalars.stride;
+        done += 1;
     }
 }
 
-/// What the list and the keys' scales say of a tile. Each unit of the warp looks up another tile, so that their
-/// latency comes once in 32 tiles.
+/// Loads the keys and values of as many tiles as were looked up, each as soon as there is room. By one unit.
+#[cube]
+fn load_tiles(
+    k: u64,
+    v: u64,
+    source: Source,
+    count: u32,
+    place: &mut Place,
+    scratch: Scratch,
+    memory: Memory,
+    #[comptime] config: LowBitConfig,
+) {
+    let tile = comptime!(config.forward.tile);
+    let mut t = 0u32;
+    while t < count {
+        let stage = place.stage;
+        let words = math::load_chunk(scratch.lookup(t));
+        // The phase before a barrier's first counts as complete, so the first waits pass.
+        barrier::wait(memory.key_empty(stage), place.parity ^ 1);
+        math::store_chunk(memory.key_note(stage), words);
+        let first = words.extract(2usize);
+        // The keys' barrier for both: consumers wait once, when loads are far ahead of them.
+        let full = memory.key_full(stage);
+        barrier::arrive_expect(
+            full,
+            comptime!((tile.key_bytes() + config.value_bytes()) as u32),
+        );
+        let to = memory.keys + stage * comptime!(tile.key_bytes() as u32);
+        tma::load(
+            to,
+            k,
+            full,
+            0u32,
+            first,
+            source.head,
+            source.batch,
+            L2::Normal,
+        );
+        barrier::wait(memory.value_empty(stage), place.parity ^ 1);
+        let to = memory.values + stage * comptime!(config.value_bytes() as u32);
+        if comptime!(config.fp8) {
+            tma::load(
+                to,
+                v,
+                full,
+                first / 4,
+                0u32,
+                source.head,
+                source.batch,
+                L2::Normal,
+            );
+        } else {
+            source.load(to, v, full, first, tile.keys, tile.value_dim);
+        }
+        place.advance();
+        // Not unrolled: there are 24 registers.
+        t = wgmma::here(t + 1);
+    }
+}
+
+/// What the list and the keys' scales say of a tile.
 #[derive(CubeType)]
 struct Lookup {
-    first: u32,
-    count: u32,
+    keys: Keys,
     /// Of the keys' codes, times that of scores.
     scale: f32,
 }
 
 #[cube]
 impl Lookup {
-    /// Looks up the tile that has these keys.
-    fn find(
-        &mut self,
+    /// Of the tile that has these keys.
+    fn new(
         span: Span,
         source: Source,
         scales: &Scales,
         scalars: ForwardScalars,
         #[comptime] config: LowBitConfig,
-    ) {
+    ) -> Lookup {
         let keys = Keys::new(span);
-        self.first = keys.first;
-        self.count = keys.count;
         let block_k = comptime!(config.forward.block_k as u32);
         let key_blocks = scalars.key_len.div_ceil(block_k);
         let block = keys.first / block_k;
-        self.scale = 0.0;
+        let mut scale = f32::new(0.0);
         if block < key_blocks {
             let head = source.batch * (scalars.heads / scalars.group) + source.head;
-            self.scale = scales.keys[(head * key_blocks + block) as usize] * scalars.scale;
+            scale = scales.keys[(head * key_blocks + block) as usize] * scalars.scale;
         }
+        Lookup { keys, scale }
     }
 
-    /// What another unit looked up.
-    fn of_unit(&self, unit: u32) -> Lookup {
-        Lookup {
-            first: plane_shuffle(self.first, unit),
-            count: plane_shuffle(self.count, unit),
-            scale: plane_shuffle(self.scale, unit),
-        }
-    }
-
-    /// Tells consumers.
-    fn write(&self, memory: Memory, stage: u32, first: bool) {
+    /// Leaves it at a shared address, as [`ScaledKeys::read`] finds it. Of an item's `first` tile it says so.
+    fn write(&self, to: u32, first: bool) {
         let mut words = Vector::<u32, Const<4>>::empty();
         words.insert(0usize, u32::reinterpret(self.scale));
-        words.insert(1usize, select(first, 0, self.count));
-        words.insert(2usize, self.first);
-        words.insert(3usize, self.count);
-        math::store_chunk(memory.key_note(stage), words);
+        words.insert(1usize, select(first, 0, self.keys.count));
+        words.insert(2usize, self.keys.first);
+        words.insert(3usize, self.keys.count);
+        math::store_chunk(to, words);
     }
 }
 

@@ -32,6 +32,7 @@ pub(super) fn produce_queries<F: Float>(
     #[comptime] config: LowBitConfig,
 ) {
     let q = tensor_map_address(q);
+    let leads = math::elected();
     let mut parity = 0u32;
     let mut index = CUBE_POS_X;
     while index < scalars.items {
@@ -41,7 +42,7 @@ pub(super) fn produce_queries<F: Float>(
         let full = memory.query_full(0u32);
         // The phase before a barrier's first counts as complete, so the first wait passes.
         barrier::wait_long(memory.query_empty(0u32), parity ^ 1);
-        if UNIT_POS % 32 == 0 {
+        if leads {
             let source = Source {
                 head: head_index % scalars.heads,
                 batch: head_index / scalars.heads,
@@ -53,7 +54,7 @@ pub(super) fn produce_queries<F: Float>(
         // Query heads of all batches come in groups too.
         copy_mean(mean, head_index / scalars.group, scratch, config);
         sync_plane();
-        if UNIT_POS % 32 == 0 {
+        if leads {
             // Last, so that who waits for queries finds the mean key too.
             barrier::arrive_expect(full, comptime!(config.query_bytes() as u32));
         }
@@ -70,7 +71,7 @@ pub(super) fn produce_queries<F: Float>(
         let format = comptime!(config.products_format());
         let largest = math::widen(largest, format).extract(0usize);
         let scale = scale_of(u32::reinterpret(largest), comptime!(config.scores()));
-        if UNIT_POS % 32 == 0 {
+        if leads {
             scratch.write_scale(scale, reciprocal_of_scale(scale), infinite);
             barrier::arrive(memory.measured());
         }

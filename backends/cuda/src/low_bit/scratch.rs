@@ -16,8 +16,9 @@ pub(super) struct Scratch {
     config: LowBitConfig,
 }
 
-/// Where the mean key begins.
-const MEAN: usize = 32;
+/// Where tiles' lookups begin, and where the mean key does.
+const LOOKUPS: usize = 32;
+const MEAN: usize = LOOKUPS + 32 * 16;
 
 /// Bytes of it all.
 fn bytes(config: LowBitConfig) -> usize {
@@ -63,6 +64,11 @@ impl Scratch {
 
     pub fn read_scale(&self) -> Vector<u32, Const<4>> {
         math::load_chunk(self.first + 16)
+    }
+
+    /// What the producer's unit `unit` has looked up of a tile.
+    pub fn lookup(&self, unit: u32) -> u32 {
+        self.first + comptime!(LOOKUPS as u32) + unit * 16
     }
 
     /// The mean key's f32 in `column`.

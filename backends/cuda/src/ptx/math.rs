@@ -44,6 +44,18 @@ pub(crate) fn pack(low: f32, high: f32, #[comptime] format: &'static str) -> u32
     y
 }
 
+/// Whether this is the unit of its warp that is chosen to act for all: the same each time. ptxas knows that it
+/// is one only, so that copies which it begins need not be told apart by their operands.
+#[cube]
+pub(crate) fn elected() -> bool {
+    let chosen: u32;
+    gpu_asm!(
+        "{{ .reg .pred p; elect.sync _|p, 0xFFFFFFFF; selp.u32 {chosen}, 1, 0, p; }}",
+        chosen = out(_) chosen
+    );
+    chosen != 0
+}
+
 /// The halves of `x`, low first, 16-bit numbers of `format`, as f32.
 #[cube]
 pub(crate) fn unpack(x: u32, #[comptime] format: &'static str) -> Vector<f32, Const<2>> {
