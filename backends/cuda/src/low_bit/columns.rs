@@ -9,6 +9,8 @@ use super::LOAD;
 
 /// Units of a cube.
 const UNITS: usize = 256;
+/// Rows that a unit loads at once: with these, the samples of most lengths are loaded in one go.
+const AT_ONCE: usize = 9;
 /// Rows of values of a cube.
 const CHUNK: usize = 256;
 
@@ -65,7 +67,7 @@ fn mean_columns<F: Float, N: Size>(
     let mut first = 0usize;
     while first < rows {
         #[unroll]
-        for step in 0..4usize {
+        for step in 0..AT_ONCE {
             let row = first + comptime!(step * UNITS) + unit;
             let at = base + min(row, rows - 1) * x.stride(2);
             let values = Vector::<f32, N>::cast_from(x[at / LOAD]);
@@ -74,7 +76,7 @@ fn mean_columns<F: Float, N: Size>(
                 partial[e] += select(row < rows, values.extract(e), 0.0);
             }
         }
-        first += comptime!(4 * UNITS);
+        first += comptime!(AT_ONCE * UNITS);
     }
     #[unroll]
     for e in 0..LOAD {
