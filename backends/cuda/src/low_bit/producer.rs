@@ -48,6 +48,7 @@ pub(super) fn produce<V: Numeric>(
         };
         let mut first = 0u32;
         while first < item.tiles {
+            // A tile to each unit: the latency of lists and scales comes once in 32 tiles.
             let own = first + UNIT_POS % 32;
             Lookup::new(
                 work.tile(list, min(own, item.tiles - 1)),
@@ -62,6 +63,7 @@ pub(super) fn produce<V: Numeric>(
                 let count = min(item.tiles - first, 32);
                 load_tiles(k, v, source, count, &mut place, scratch, memory, config);
             }
+            // They have been read.
             sync_plane();
             first += 32;
         }

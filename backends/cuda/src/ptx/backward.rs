@@ -9,8 +9,9 @@
 
 use cubecl::prelude::*;
 
+use super::product::{First, Operand, Product, add_product, half_types, in_rows};
 use super::value;
-use super::wgmma::{Products, add_product, clear, list, load_rows, read_eight, write_four};
+use super::wgmma::{Products, clear, load_rows, read_eight, write_four};
 
 /// Declares `dpr` and `grd` or, for keys, `dsc` and `dka`. Once, at the top of a kernel.
 #[cube]
@@ -34,14 +35,10 @@ pub(crate) fn probability_gradients(values: u64, #[comptime] products: Products)
     let values = value::<u64>(values);
     let text = comptime!({
         let p = products;
-        product(p, p.value_dim, |step| {
-            let b = step / 4 * p.keys * 8 + step % 4 * 2;
-            let a = list("grd", 4 * step..4 * step + 4);
+        product(p, "dpr", p.value_dim, ", 1, 1, 0").text(|step| {
             (
-                String::new(),
-                a,
-                format!("add.u64 b, %0, {b};"),
-                list("dpr", 0..p.keys / 2),
+                Operand::Registers("grd"),
+                Operand::Tile("%0", in_rows(step, p.keys)),
             )
         })
     });
@@ -76,42 +73,24 @@ pub(crate) fn key_probability_gradients(
 }
 
 fn shared_product(p: Products, depth: usize, rows: usize) -> String {
-    product(p, depth, |step| {
-        // 16 columns are 32 bytes; 64 columns are a box of 128 bytes a row. Offsets count 16 bytes.
-        let a = step / 4 * 64 * 8 + step % 4 * 2;
-        let b = step / 4 * rows * 8 + step % 4 * 2;
-        let offsets = format!("add.u64 a, %0, {a}; add.u64 b, %1, {b};");
+    product(p, "sco", depth, ", 1, 1, 0, 0").text(|step| {
         (
-            "0, ".to_owned(),
-            "a".to_owned(),
-            offsets,
-            list("sco", 0..p.keys / 2),
+            Operand::Tile("%0", in_rows(step, 64)),
+            Operand::Tile("%1", in_rows(step, rows)),
         )
     })
 }
 
-/// Products over `depth` columns whose B operands are rows, in steps of 16; `step` gives what
-/// follows the transposition of A, A itself, the offsets and the result.
-fn product(
-    p: Products,
-    depth: usize,
-    step: impl Fn(usize) -> (String, String, String, String),
-) -> String {
-    let format = p.format();
-    let mut text = String::from(
-        "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; \
-         .reg .u64 a, b; ",
-    );
-    for at in 0..depth / 16 {
-        let (transposed, a, offsets, to) = step(at);
-        text += &format!(
-            "{offsets} wgmma.mma_async.sync.aligned.m64n{}k16.f32.{format}.{format} \
-             {to}, {a}, b, {}, 1, 1, {transposed}0; ",
-            p.keys,
-            if at == 0 { "first" } else { "more" },
-        );
+/// A product over `depth` columns whose B operand's rows are those of keys.
+fn product<'a>(p: Products, to: &'a str, depth: usize, flags: &'a str) -> Product<'a> {
+    Product {
+        to,
+        columns: p.keys,
+        steps: depth / 16,
+        types: half_types(p.format()),
+        flags,
+        first: First::Replaces,
     }
-    text + "}"
 }
 
 /// Begins `dka += dS Q` with `dS` the registers `dsc` and `Q` the tile that `queries` describes,

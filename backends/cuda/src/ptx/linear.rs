@@ -1,11 +1,13 @@
 //! Products of the linear branch, on the registers of [`super::wgmma`] after an item's keys are done.
 //!
-//! Scores are no longer needed then, so `phi(Q) H` comes into `sco`, a pass of columns at a time. `lin<Dv/4>` holds the linear branch `[64, Dv]`, 16 bits, as an A operand.
+//! Scores are no longer needed then, so `phi(Q) H` comes into `sco`, a pass of columns at a time. `lin<Dv/4>`
+//! holds the linear branch `[64, Dv]`, 16 bits, as an A operand.
 
 use cubecl::prelude::*;
 
+use super::product::{First, Operand, Product, add_product, half_types, in_columns, list};
 use super::value;
-use super::wgmma::{Products, add_product, clear, list, moves, read_four, write_four};
+use super::wgmma::{Products, clear, moves, read_four, write_four};
 
 /// Declares `lin`. Once, at the top of a kernel that projects or stores the linear branch from them.
 #[cube]
@@ -50,7 +52,7 @@ fn add_state_text(p: Products) -> String {
     let format = p.format();
     let mut text = String::from("{ .reg .pred more; setp.ne.b32 more, 1, 0; .reg .u64 a, b; ");
     for step in 0..p.keys / 16 {
-        let rows = step * 128;
+        let rows = in_columns(step);
         text += &format!(
             "add.u64 a, %0, {rows}; add.u64 b, %1, {rows}; \
              wgmma.mma_async.sync.aligned.m64n{}k16.f32.{format}.{format} {}, a, b, more, 1, 1, 1, 1; \
@@ -87,23 +89,23 @@ pub(crate) fn state_columns(state: u64, #[comptime] pass: usize, #[comptime] pro
 }
 
 fn state_columns_text(p: Products, pass: usize) -> String {
-    let (format, columns) = (p.format(), pass_columns(p));
+    let columns = pass_columns(p);
     let first_column = pass * columns;
     let start = first_column / 64 * p.head_dim * 8 + first_column % 64 / 8;
-    let mut text = String::from(
-        "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
-    );
-    for step in 0..p.head_dim / 16 {
-        text += &format!(
-            "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{format}.{format} \
-             {}, {}, b, {}, 1, 1, 1; ",
-            start + step * 128,
-            list("sco", 0..columns / 2),
-            list("qry", 4 * step..4 * step + 4),
-            if step == 0 { "first" } else { "more" },
-        );
-    }
-    text + "}"
+    let product = Product {
+        to: "sco",
+        columns,
+        steps: p.head_dim / 16,
+        types: half_types(p.format()),
+        flags: ", 1, 1, 1",
+        first: First::Replaces,
+    };
+    product.text(|step| {
+        (
+            Operand::Registers("qry"),
+            Operand::Tile("%0", start + in_columns(step)),
+        )
+    })
 }
 
 /// Begins `acc += O^l W` with `O^l` the registers `lin` and `W` the tile of Dv rows that `weights`

@@ -17,11 +17,9 @@
 use cubecl::prelude::*;
 
 use super::math::store_chunk;
+use super::product::{First, Operand, Product, add_product, in_rows, list};
 use super::value;
-use super::wgmma::{
-    ProductText, add_product, clear, list, moves, probability_buffer, product_of_registers_text,
-    score_buffer, write_four,
-};
+use super::wgmma::{clear, moves, probability_buffer, score_buffer, write_four};
 
 /// Sizes of the products of one kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,21 +112,25 @@ pub(crate) fn scores(keys: u64, #[comptime] buffer: usize, #[comptime] p: LowBit
 }
 
 fn scores_text(p: LowBitProducts, to: &str) -> String {
-    let (types, flags) = if p.int8 {
-        ("k32.s32.s8.s8", "")
-    } else {
-        ("k32.f32.e4m3.e4m3", ", 1, 1")
-    };
-    product_of_registers_text(ProductText {
-        types,
-        flags,
+    let product = Product {
+        to,
         columns: p.keys,
         steps: p.head_dim / 32,
-        left: "qry",
-        to,
-        adds: p.int8,
+        types: if p.int8 { INT8 } else { FP8 }.to_owned(),
+        flags: if p.int8 { "" } else { ", 1, 1" },
+        first: if p.int8 { First::Adds } else { First::Replaces },
+    };
+    product.text(|step| {
+        (
+            Operand::Registers("qry"),
+            Operand::Tile("%0", in_rows(step, p.keys)),
+        )
     })
 }
+
+/// The types of products in 8 bits in [`Product::types`].
+pub(super) const INT8: &str = "k32.s32.s8.s8";
+pub(super) const FP8: &str = "k32.f32.e4m3.e4m3";
 
 /// Integer scores are added to the bits of this f32. As sums of up to 256 products of codes are below
 /// 2^22, that gives the bits of the f32 with the score added: there is nothing to convert.
@@ -175,14 +177,19 @@ pub(crate) fn multiply_values(values: u64, #[comptime] p: LowBitProducts) {
 }
 
 fn values_text(p: LowBitProducts) -> String {
-    product_of_registers_text(ProductText {
-        types: "k32.f32.e4m3.e4m3",
-        flags: ", 1, 1",
+    let product = Product {
+        to: "par",
         columns: p.value_dim,
         steps: p.keys / 32,
-        left: "prb",
-        to: "par",
-        adds: false,
+        types: FP8.to_owned(),
+        flags: ", 1, 1",
+        first: First::Replaces,
+    };
+    product.text(|step| {
+        (
+            Operand::Registers("prb"),
+            Operand::Tile("%0", in_rows(step, p.value_dim)),
+        )
     })
 }
 

@@ -10,8 +10,10 @@
 
 use cubecl::prelude::*;
 
+use super::low_bit::{FP8, INT8};
+use super::product::{First, Operand, Product};
 use super::value;
-use super::wgmma::{clear, list, moves};
+use super::wgmma::{clear, moves};
 
 /// Contracted elements of a step, a byte each: the width of the swizzle.
 pub(crate) const DEPTH: usize = 128;
@@ -63,27 +65,20 @@ pub(crate) fn multiply(x: u64, w: u64, add: u32, #[comptime] sums: Sums) {
 }
 
 fn multiply_text(sums: Sums) -> String {
-    let (types, negations) = if sums.fp8 {
-        ("f32.e4m3.e4m3", ", 1, 1")
+    let (types, flags) = if sums.fp8 {
+        (FP8, ", 1, 1")
     } else {
-        ("s32.s8.s8", "")
+        (INT8, "")
     };
-    let columns = sums.columns();
-    let mut text = String::from(
-        "{ .reg .pred first, more; setp.ne.u32 first, %2, 0; setp.ne.b32 more, 1, 0; \
-         .reg .u64 a, b; ",
-    );
-    for step in 0..DEPTH / 32 {
-        // 32 bytes; offsets count 16.
-        text += &format!(
-            "add.u64 a, %0, {0}; add.u64 b, %1, {0}; \
-             wgmma.mma_async.sync.aligned.m64n{columns}k32.{types} {1}, a, b, {2}{negations}; ",
-            2 * step,
-            list("prd", 0..columns / 2),
-            if step == 0 { "first" } else { "more" },
-        );
-    }
-    text + "}"
+    let product = Product {
+        to: "prd",
+        columns: sums.columns(),
+        steps: DEPTH / 32,
+        types: types.to_owned(),
+        flags,
+        first: First::AddsIf("ne.u32", "%2"),
+    };
+    product.text(|step| (Operand::Tile("%0", 2 * step), Operand::Tile("%1", 2 * step)))
 }
 
 /// Sets `tot` to zero.

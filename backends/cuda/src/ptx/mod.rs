@@ -13,6 +13,7 @@ pub(crate) mod linear;
 pub(crate) mod low_bit;
 pub(crate) mod math;
 pub(crate) mod matmul;
+mod product;
 pub(crate) mod tma;
 pub(crate) mod wgmma;
 

@@ -15,6 +15,7 @@
 
 use cubecl::prelude::*;
 
+use super::product::{First, Operand, Product, add_product, half_types, in_rows, list};
 use super::value;
 
 /// Sizes of the products of one kernel.
@@ -35,11 +36,6 @@ impl Products {
     pub fn format(&self) -> &'static str {
         if self.bf16 { "bf16" } else { "f16" }
     }
-}
-
-pub(super) fn list(name: &str, range: std::ops::Range<usize>) -> String {
-    let names: Vec<String> = range.map(|i| format!("{name}{i}")).collect();
-    format!("{{{}}}", names.join(", "))
 }
 
 /// Declares the named registers. Once, at the top of a kernel.
@@ -168,71 +164,32 @@ pub(crate) fn scores_of_shared(queries: u64, keys: u64, #[comptime] products: Pr
 }
 
 fn scores_of_shared_text(p: Products) -> String {
-    let format = p.format();
-    let mut text = String::from(
-        "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 a, b; ",
-    );
-    for step in 0..p.head_dim / 16 {
-        // 16 columns are 32 bytes; offsets count 16 bytes.
-        text += &format!(
-            "add.u64 a, %0, {}; add.u64 b, %1, {}; \
-             wgmma.mma_async.sync.aligned.m64n{}k16.f32.{format}.{format} {}, a, b, {}, 1, 1, 0, 0; ",
-            step * 2,
-            step * 2,
-            p.keys,
-            list("sco", 0..p.keys / 2),
-            if step == 0 { "first" } else { "more" },
-        );
-    }
-    text + "}"
-}
-
-fn scores_text(p: Products, to: &str) -> String {
-    let format = p.format();
-    product_of_registers_text(ProductText {
-        types: &format!("k16.f32.{format}.{format}"),
-        flags: ", 1, 1, 0",
-        columns: p.keys,
-        steps: p.head_dim / 16,
-        left: "qry",
-        to,
-        adds: false,
+    scores_product(p, "sco", ", 1, 1, 0, 0").text(|step| {
+        (
+            Operand::Tile("%0", in_rows(step, 64)),
+            Operand::Tile("%1", in_rows(step, p.keys)),
+        )
     })
 }
 
-/// What a product of registers and a K-major tile is spelled with.
-pub(super) struct ProductText<'a> {
-    pub types: &'a str,
-    pub flags: &'a str,
-    /// Of the product, which are rows of the tile.
-    pub columns: usize,
-    /// Of 32 bytes of a row.
-    pub steps: usize,
-    pub left: &'a str,
-    pub to: &'a str,
-    /// Whether it is added to what is there.
-    pub adds: bool,
+fn scores_text(p: Products, to: &str) -> String {
+    scores_product(p, to, ", 1, 1, 0").text(|step| {
+        (
+            Operand::Registers("qry"),
+            Operand::Tile("%0", in_rows(step, p.keys)),
+        )
+    })
 }
 
-pub(super) fn product_of_registers_text(p: ProductText<'_>) -> String {
-    let mut text = String::from(
-        "{ .reg .pred first, more; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
-    );
-    for step in 0..p.steps {
-        let replaces = step == 0 && !p.adds;
-        // Four steps are a box of 128 bytes a row. Offsets count 16 bytes.
-        text += &format!(
-            "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{}{} {}, {}, b, {}{}; ",
-            step / 4 * p.columns * 8 + step % 4 * 2,
-            p.columns,
-            p.types,
-            list(p.to, 0..p.columns / 2),
-            list(p.left, 4 * step..4 * step + 4),
-            if replaces { "first" } else { "more" },
-            p.flags,
-        );
+fn scores_product<'a>(p: Products, to: &'a str, flags: &'a str) -> Product<'a> {
+    Product {
+        to,
+        columns: p.keys,
+        steps: p.head_dim / 16,
+        types: half_types(p.format()),
+        flags,
+        first: First::Replaces,
     }
-    text + "}"
 }
 
 /// Begins `acc += P V` with `P` the registers of a buffer of probabilities and `V` the tile that `values`
@@ -254,42 +211,6 @@ pub(crate) fn accumulate(
         p.keys,
         comptime!(p.format()),
     );
-}
-
-/// Begins `to += left B`, `columns` wide, with `left` an A operand of `depth` columns and `B` the tile
-/// of `depth` rows that `tile`, transposed, describes; `to = left B` with `anew`.
-#[cube]
-pub(super) fn add_product(
-    tile: u64,
-    anew: bool,
-    #[comptime] to: &'static str,
-    #[comptime] left: &'static str,
-    #[comptime] columns: usize,
-    #[comptime] depth: usize,
-    #[comptime] format: &'static str,
-) {
-    let tile = value::<u64>(tile);
-    let anew = value::<u32>(u32::cast_from(anew));
-    let text = comptime!(add_product_text(to, left, columns, depth, format));
-    gpu_asm!("/* {tile} {anew} */ {text}", tile = in(_) tile, anew = in(_) anew);
-}
-
-fn add_product_text(to: &str, left: &str, columns: usize, depth: usize, format: &str) -> String {
-    let mut text = String::from(
-        "{ .reg .pred first, more; setp.eq.b32 first, %1, 0; setp.ne.b32 more, 1, 0; .reg .u64 b; ",
-    );
-    for step in 0..depth / 16 {
-        // 16 rows of 128 bytes are 2048 bytes.
-        text += &format!(
-            "add.u64 b, %0, {}; wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{format}.{format} \
-             {}, {}, b, {}, 1, 1, 1; ",
-            step * 128,
-            list(to, 0..columns / 2),
-            list(left, 4 * step..4 * step + 4),
-            if step == 0 { "first" } else { "more" },
-        );
-    }
-    text + "}"
 }
 
 /// Gives registers of this warpgroup back, down to `count` a unit.
