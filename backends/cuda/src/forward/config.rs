@@ -173,12 +173,6 @@ pub(crate) fn tile_bytes(rows: usize, width: usize) -> usize {
 /// of queries.
 pub(crate) const ITEM_NOTES: usize = 8;
 
-/// The note on a cube's `index`-th item.
-#[cube]
-pub(crate) fn note_of(index: u32) -> u32 {
-    index % comptime!(ITEM_NOTES as u32)
-}
-
 /// The note after `note`.
 #[cube]
 pub(crate) fn next_note(note: u32) -> u32 {

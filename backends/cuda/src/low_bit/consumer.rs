@@ -10,7 +10,7 @@ use super::producer::ScaledKeys;
 use super::queries::take_queries;
 use super::scratch::Scratch;
 use super::softmax::{make_tile_weights, write_weights};
-use crate::forward::config::{Memory, Place, note_of};
+use crate::forward::config::{Memory, Place, next_note};
 use crate::forward::consumer::{LookAhead, LookAheadExpand, attend_ahead, release};
 use crate::forward::epilogue::end_stores;
 use crate::forward::kernel::{ForwardScalars, Item};
@@ -32,25 +32,25 @@ pub(super) fn consume<F: Float>(
 ) {
     let out = tensor_map_address(out);
     let mut consumer = Consumer::new(memory, scratch, config);
+    let mut index = CUBE_POS_X;
     consumer.begin(true, 0u32, memory);
-    while CUBE_POS_X + consumer.done * scalars.stride < scalars.items {
-        let item = Item::read(memory, consumer.note());
+    while index < scalars.items {
+        let item = Item::read(memory, consumer.note);
         let mut rows = RowPair::new(item.first_query);
         rows.upper.max = consumer.upper_max;
         rows.lower.max = consumer.lower_max;
         consumer.attend(&mut rows, item.tiles, memory, scalars);
-        let next = consumer.done + 1;
-        let more = CUBE_POS_X + next * scalars.stride < scalars.items;
-        consumer.begin(more, note_of(next), memory);
+        index += scalars.stride;
+        consumer.begin(index < scalars.items, next_note(consumer.note), memory);
         wgmma::wait(1u32);
         consumer.finish(&rows, memory);
         // Read again: registers are scarce between.
-        let note = consumer.note();
-        let item = Item::read(memory, note);
+        let item = Item::read(memory, consumer.note);
+        let note = consumer.note;
         store(
             out, lse, scales, scratch, note, memory, item, &rows, scalars, config,
         );
-        consumer.done += 1;
+        consumer.note = next_note(note);
         if comptime!(!config.fp8) {
             consumer.upper_max = rows.upper.max;
             consumer.lower_max = rows.lower.max;
@@ -69,8 +69,8 @@ struct Consumer {
     before: u32,
     /// The stage of the tile whose values are multiplied, or will be next.
     values: u32,
-    /// Items that are stored.
-    done: u32,
+    /// On the item being computed.
+    note: u32,
     /// The keys whose scores were begun last.
     tile: ScaledKeys,
     /// The maxima in use at the end of the item before.
@@ -99,7 +99,7 @@ impl Consumer {
             begun: Place::before_first(tile.stages),
             before: 0,
             values: 0,
-            done: 0,
+            note: 0,
             tile: ScaledKeys::none(),
             upper_max: FLOOR,
             lower_max: FLOOR,
@@ -109,11 +109,6 @@ impl Consumer {
             scratch,
             config,
         }
-    }
-
-    /// The note on the item being computed.
-    fn note(&self) -> u32 {
-        note_of(self.done)
     }
 
     /// Takes the next item, which `note` is on: its queries, and the scores of its first tile, which are in

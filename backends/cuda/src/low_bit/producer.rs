@@ -8,7 +8,7 @@ use super::config::LowBitConfig;
 use super::kernel::Scales;
 use super::scratch::Scratch;
 use super::softmax::short_factor;
-use crate::forward::config::{ITEM_NOTES, Memory, Place, note_of};
+use crate::forward::config::{ITEM_NOTES, Memory, Place};
 use crate::forward::kernel::{ForwardScalars, Work};
 use crate::forward::producer::{Keys, Source};
 use crate::ptx::tma::L2;
@@ -32,6 +32,7 @@ pub(super) fn produce<V: Numeric>(
     comptime!(assert!(tile.stages + 2 <= ITEM_NOTES));
     let leads = math::elected();
     let mut place = Place::first(tile.stages);
+    // Index and note follow from it: there are 24 registers.
     let mut done = 0u32;
     while CUBE_POS_X + done * scalars.stride < scalars.items {
         let index = CUBE_POS_X + done * scalars.stride;
@@ -40,7 +41,7 @@ pub(super) fn produce<V: Numeric>(
         if leads {
             // No consumer is behind by more tiles than there are stages, nor by more items: two more notes are
             // those of the item it finishes and of this one.
-            item.write(memory, note_of(done));
+            item.write(memory, done % comptime!(ITEM_NOTES as u32));
         }
         let source = Source {
             head: item.head / scalars.group,
@@ -50,14 +51,15 @@ pub(super) fn produce<V: Numeric>(
         while first < item.tiles {
             // A tile to each unit: the latency of lists and scales comes once in 32 tiles.
             let own = first + UNIT_POS % 32;
-            Lookup::new(
+            look_up(
                 work.tile(list, min(own, item.tiles - 1)),
+                own == 0,
+                scratch.lookup(UNIT_POS % 32),
                 source,
                 scales,
                 scalars,
                 config,
-            )
-            .write(scratch.lookup(UNIT_POS % 32), own == 0);
+            );
             sync_plane();
             if leads {
                 let count = min(item.tiles - first, 32);
@@ -131,45 +133,34 @@ fn load_tiles(
     }
 }
 
-/// What the list and the keys' scales say of a tile.
-#[derive(CubeType)]
-struct Lookup {
-    keys: Keys,
-    /// Of the keys' codes, times that of scores.
-    scale: f32,
-}
-
+/// Leaves at shared address `to` what is to be known of the tile that has these keys, as [`ScaledKeys::read`]
+/// finds it, and whether it is its item's first.
 #[cube]
-impl Lookup {
-    /// Of the tile that has these keys.
-    fn new(
-        span: Span,
-        source: Source,
-        scales: &Scales,
-        scalars: ForwardScalars,
-        #[comptime] config: LowBitConfig,
-    ) -> Lookup {
-        let keys = Keys::new(span);
-        let block_k = comptime!(config.forward.block_k as u32);
-        let key_blocks = scalars.key_len.div_ceil(block_k);
-        let block = keys.first / block_k;
-        let mut scale = f32::new(0.0);
-        if block < key_blocks {
-            let head = source.batch * (scalars.heads / scalars.group) + source.head;
-            scale = scales.keys[(head * key_blocks + block) as usize] * scalars.scale;
-        }
-        Lookup { keys, scale }
+fn look_up(
+    span: Span,
+    is_first: bool,
+    to: u32,
+    source: Source,
+    scales: &Scales,
+    scalars: ForwardScalars,
+    #[comptime] config: LowBitConfig,
+) {
+    let keys = Keys::new(span);
+    let block_k = comptime!(config.forward.block_k as u32);
+    let key_blocks = scalars.key_len.div_ceil(block_k);
+    let block = keys.first / block_k;
+    // Of the keys' codes, times that of scores.
+    let mut scale = f32::new(0.0);
+    if block < key_blocks {
+        let head = source.batch * (scalars.heads / scalars.group) + source.head;
+        scale = scales.keys[(head * key_blocks + block) as usize] * scalars.scale;
     }
-
-    /// Leaves it at a shared address, as [`ScaledKeys::read`] finds it. Of an item's `first` tile it says so.
-    fn write(&self, to: u32, first: bool) {
-        let mut words = Vector::<u32, Const<4>>::empty();
-        words.insert(0usize, u32::reinterpret(self.scale));
-        words.insert(1usize, select(first, 0, self.keys.count));
-        words.insert(2usize, self.keys.first);
-        words.insert(3usize, self.keys.count);
-        math::store_chunk(to, words);
-    }
+    let mut words = Vector::<u32, Const<4>>::empty();
+    words.insert(0usize, u32::reinterpret(scale));
+    words.insert(1usize, select(is_first, 0, keys.count));
+    words.insert(2usize, keys.first);
+    words.insert(3usize, keys.count);
+    math::store_chunk(to, words);
 }
 
 /// Keys of a stage, and what turns products of codes with them into base-2 scores.
