@@ -9,9 +9,9 @@
 
 use cubecl::prelude::*;
 
-use super::product::{First, Operand, Product, add_product, half_types, in_rows};
+use super::product::add_product;
 use super::value;
-use super::wgmma::{Products, clear, load_rows, read_eight, write_four};
+use super::wgmma::{Products, clear, load_rows, product_with_keys, read_eight, write_four};
 
 /// Declares `dpr` and `grd` or, for keys, `dsc` and `dka`. Once, at the top of a kernel.
 #[cube]
@@ -35,12 +35,7 @@ pub(crate) fn probability_gradients(values: u64, #[comptime] products: Products)
     let values = value::<u64>(values);
     let text = comptime!({
         let p = products;
-        product(p, "dpr", p.value_dim, ", 1, 1, 0").text(|step| {
-            (
-                Operand::Registers("grd"),
-                Operand::Tile("%0", in_rows(step, p.keys)),
-            )
-        })
+        product_with_keys(p, "dpr", p.value_dim).of_registers("grd")
     });
     gpu_asm!("/* {values} */ {text}", values = in(_) values);
 }
@@ -54,7 +49,7 @@ pub(crate) fn key_scores(
     #[comptime] products: Products,
 ) {
     let (keys, queries) = (value::<u64>(keys), value::<u64>(queries));
-    let text = comptime!(shared_product(products, products.head_dim, rows));
+    let text = comptime!(product_with_keys(products, "sco", products.head_dim).of_tiles(rows));
     gpu_asm!("/* {keys} {queries} */ {text}", keys = in(_) keys, queries = in(_) queries);
 }
 
@@ -68,29 +63,8 @@ pub(crate) fn key_probability_gradients(
     #[comptime] products: Products,
 ) {
     let (values, grads) = (value::<u64>(values), value::<u64>(grads));
-    let text = comptime!(shared_product(products, products.value_dim, rows));
+    let text = comptime!(product_with_keys(products, "sco", products.value_dim).of_tiles(rows));
     gpu_asm!("/* {values} {grads} */ {text}", values = in(_) values, grads = in(_) grads);
-}
-
-fn shared_product(p: Products, depth: usize, rows: usize) -> String {
-    product(p, "sco", depth, ", 1, 1, 0, 0").text(|step| {
-        (
-            Operand::Tile("%0", in_rows(step, 64)),
-            Operand::Tile("%1", in_rows(step, rows)),
-        )
-    })
-}
-
-/// A product over `depth` columns whose B operand's rows are those of keys.
-fn product<'a>(p: Products, to: &'a str, depth: usize, flags: &'a str) -> Product<'a> {
-    Product {
-        to,
-        columns: p.keys,
-        steps: depth / 16,
-        types: half_types(p.format()),
-        flags,
-        first: First::Replaces,
-    }
 }
 
 /// Begins `dka += dS Q` with `dS` the registers `dsc` and `Q` the tile that `queries` describes,

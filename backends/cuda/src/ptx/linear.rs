@@ -5,7 +5,7 @@
 
 use cubecl::prelude::*;
 
-use super::product::{First, Operand, Product, add_product, half_types, in_columns, list};
+use super::product::{Elements, First, Product, add_product, in_columns, list};
 use super::value;
 use super::wgmma::{Products, clear, moves, read_four, write_four};
 
@@ -96,16 +96,10 @@ fn state_columns_text(p: Products, pass: usize) -> String {
         to: "sco",
         columns,
         steps: p.head_dim / 16,
-        types: half_types(p.format()),
-        flags: ", 1, 1, 1",
+        elements: Elements::Half(p.format()),
         first: First::Replaces,
     };
-    product.text(|step| {
-        (
-            Operand::Registers("qry"),
-            Operand::Tile("%0", start + in_columns(step)),
-        )
-    })
+    product.of_registers_and_columns("qry", start)
 }
 
 /// Begins `acc += O^l W` with `O^l` the registers `lin` and `W` the tile of Dv rows that `weights`

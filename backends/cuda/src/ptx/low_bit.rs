@@ -17,7 +17,7 @@
 use cubecl::prelude::*;
 
 use super::math::store_chunk;
-use super::product::{First, Operand, Product, add_product, in_rows, list};
+use super::product::{Elements, First, Product, add_product, list};
 use super::value;
 use super::wgmma::{clear, moves, probability_buffer, score_buffer, write_four};
 
@@ -112,25 +112,20 @@ pub(crate) fn scores(keys: u64, #[comptime] buffer: usize, #[comptime] p: LowBit
 }
 
 fn scores_text(p: LowBitProducts, to: &str) -> String {
+    let (elements, first) = if p.int8 {
+        (Elements::Int8, First::Adds)
+    } else {
+        (Elements::Fp8, First::Replaces)
+    };
     let product = Product {
         to,
         columns: p.keys,
         steps: p.head_dim / 32,
-        types: if p.int8 { INT8 } else { FP8 }.to_owned(),
-        flags: if p.int8 { "" } else { ", 1, 1" },
-        first: if p.int8 { First::Adds } else { First::Replaces },
+        elements,
+        first,
     };
-    product.text(|step| {
-        (
-            Operand::Registers("qry"),
-            Operand::Tile("%0", in_rows(step, p.keys)),
-        )
-    })
+    product.of_registers("qry")
 }
-
-/// The types of products in 8 bits in [`Product::types`].
-pub(super) const INT8: &str = "k32.s32.s8.s8";
-pub(super) const FP8: &str = "k32.f32.e4m3.e4m3";
 
 /// Integer scores are added to the bits of this f32. As sums of up to 256 products of codes are below
 /// 2^22, that gives the bits of the f32 with the score added: there is nothing to convert.
@@ -181,16 +176,10 @@ fn values_text(p: LowBitProducts) -> String {
         to: "par",
         columns: p.value_dim,
         steps: p.keys / 32,
-        types: FP8.to_owned(),
-        flags: ", 1, 1",
+        elements: Elements::Fp8,
         first: First::Replaces,
     };
-    product.text(|step| {
-        (
-            Operand::Registers("prb"),
-            Operand::Tile("%0", in_rows(step, p.value_dim)),
-        )
-    })
+    product.of_registers("prb")
 }
 
 /// Begins `acc += P V` with `P` a buffer of weights, 16 bits, and `V` the tile that `values` describes;

@@ -10,8 +10,7 @@
 
 use cubecl::prelude::*;
 
-use super::low_bit::{FP8, INT8};
-use super::product::{First, Operand, Product};
+use super::product::{Elements, First, Product};
 use super::value;
 use super::wgmma::{clear, moves};
 
@@ -65,20 +64,18 @@ pub(crate) fn multiply(x: u64, w: u64, add: u32, #[comptime] sums: Sums) {
 }
 
 fn multiply_text(sums: Sums) -> String {
-    let (types, flags) = if sums.fp8 {
-        (FP8, ", 1, 1")
-    } else {
-        (INT8, "")
-    };
     let product = Product {
         to: "prd",
         columns: sums.columns(),
         steps: DEPTH / 32,
-        types: types.to_owned(),
-        flags,
+        elements: if sums.fp8 {
+            Elements::Fp8
+        } else {
+            Elements::Int8
+        },
         first: First::AddsIf("ne.u32", "%2"),
     };
-    product.text(|step| (Operand::Tile("%0", 2 * step), Operand::Tile("%1", 2 * step)))
+    product.of_tiles(sums.columns())
 }
 
 /// Sets `tot` to zero.

@@ -15,7 +15,7 @@
 
 use cubecl::prelude::*;
 
-use super::product::{First, Operand, Product, add_product, half_types, in_rows, list};
+use super::product::{Elements, First, Product, add_product, list};
 use super::value;
 
 /// Sizes of the products of one kernel.
@@ -151,7 +151,9 @@ pub(super) fn probability_buffer(buffer: usize) -> &'static str {
 #[cube]
 pub(crate) fn scores(keys: u64, #[comptime] buffer: usize, #[comptime] products: Products) {
     let keys = value::<u64>(keys);
-    let text = comptime!(scores_text(products, score_buffer(buffer)));
+    let text = comptime!(
+        product_with_keys(products, score_buffer(buffer), products.head_dim).of_registers("qry")
+    );
     gpu_asm!("/* {keys} */ {text}", keys = in(_) keys);
 }
 
@@ -159,35 +161,18 @@ pub(crate) fn scores(keys: u64, #[comptime] buffer: usize, #[comptime] products:
 #[cube]
 pub(crate) fn scores_of_shared(queries: u64, keys: u64, #[comptime] products: Products) {
     let (queries, keys) = (value::<u64>(queries), value::<u64>(keys));
-    let text = comptime!(scores_of_shared_text(products));
+    let text =
+        comptime!(product_with_keys(products, "sco", products.head_dim).of_tiles(products.keys));
     gpu_asm!("/* {queries} {keys} */ {text}", queries = in(_) queries, keys = in(_) keys);
 }
 
-fn scores_of_shared_text(p: Products) -> String {
-    scores_product(p, "sco", ", 1, 1, 0, 0").text(|step| {
-        (
-            Operand::Tile("%0", in_rows(step, 64)),
-            Operand::Tile("%1", in_rows(step, p.keys)),
-        )
-    })
-}
-
-fn scores_text(p: Products, to: &str) -> String {
-    scores_product(p, to, ", 1, 1, 0").text(|step| {
-        (
-            Operand::Registers("qry"),
-            Operand::Tile("%0", in_rows(step, p.keys)),
-        )
-    })
-}
-
-fn scores_product<'a>(p: Products, to: &'a str, flags: &'a str) -> Product<'a> {
+/// A product over `depth` columns whose B operand's rows are those of keys.
+pub(super) fn product_with_keys(p: Products, to: &str, depth: usize) -> Product<'_> {
     Product {
         to,
         columns: p.keys,
-        steps: p.head_dim / 16,
-        types: half_types(p.format()),
-        flags,
+        steps: depth / 16,
+        elements: Elements::Half(p.format()),
         first: First::Replaces,
     }
 }
